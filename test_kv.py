@@ -1,0 +1,696 @@
+"""Tests of kv.py: they run it as a program and talk to it over real sockets.
+
+    python -m unittest                  all tests
+"""
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+import kv
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+EXAMPLE = os.path.join(HERE, "example.data")
+KEY = b"3479d894-3271-4935-88cf-a06f3cbb80a5"      # in example.data, with the value
+VALUE = b"this is a value"
+ABSENT = b"00000000-0000-4000-8000-000000000000"   # not in it
+PATIENCE = 30                                      # seconds until a test gives up waiting
+ON_POSIX = unittest.skipUnless(os.name == "posix", "needs POSIX")
+
+
+def key(number):
+    """Return the version 4 UUID (bytes) with this number at its end."""
+    return b"a0000000-0000-4000-8000-%012x" % number
+
+
+def command(*arguments):
+    return [sys.executable, os.path.join(HERE, "kv.py")] + [os.fsdecode(a) for a in arguments]
+
+
+def environment(**changed):
+    """Return this process's environment without proxies and $KV_URL, but with what is given."""
+    kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k != "KV_URL"}
+    return dict(kept, **changed)
+
+
+def run(*arguments, stdin=b"", **env):
+    """Run kv.py to its end; return its exit code, standard output and standard error (bytes)."""
+    done = subprocess.run(command(*arguments), input=stdin, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=environment(**env), timeout=PATIENCE)
+    return done.returncode, done.stdout, done.stderr
+
+
+@contextlib.contextmanager
+def data_file(content):
+    """A file in a folder of its own, called test.data, that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "test.data")
+        with open(path, "wb") as file:
+            file.write(content)
+        yield path
+
+
+def until(condition):
+    """Wait until `condition()` is true and return what it returned."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError("waited in vain for %s" % condition)
+
+
+class Serving:
+    """`kv.py serve`, from when it is ready until it is stopped; `log` is its standard error."""
+
+    def __init__(self, *arguments, **how):
+        self.process = subprocess.Popen(
+            how.pop("command", None) or command("serve", "--port", "0", *arguments),
+            stderr=subprocess.PIPE, env=environment(), **how)
+        self.log = b""
+        self.reader = threading.Thread(target=self.read_log)
+        self.reader.start()
+
+    def read_log(self):
+        for line in self.process.stderr:
+            self.log += line
+
+    def __enter__(self):
+        try:
+            until(lambda: b" on http://" in self.log or self.process.poll() is not None)
+            self.url, self.port = re.search(r" on (http://.*:(\d+))\n", self.log.decode()).groups()
+            self.port = int(self.port)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def stop(self, how=signal.SIGTERM):
+        """End the process; return its exit code."""
+        self.process.send_signal(how)
+        return self.process.wait(PATIENCE)
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.stop(signal.SIGKILL)
+        self.reader.join()
+        self.process.stderr.close()
+        assert b"Traceback" not in self.log, self.log.decode()
+
+    def connect(self):
+        return Connection(("127.0.0.1", self.port))
+
+
+class Connection:
+    """A client with nothing clever in it: bytes out, answers in."""
+
+    def __init__(self, address):
+        self.socket = socket.create_connection(address, PATIENCE)
+        self.received = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send(self, data):
+        self.socket.sendall(data)
+
+    def receive(self):
+        more = self.socket.recv(1 << 16)
+        self.received += more
+        return more
+
+    def answer(self, method="GET"):
+        """Return status (int), fields (lower-case str: str) and body (bytes) of the next answer."""
+        while b"\r\n\r\n" not in self.received:
+            if not self.receive():
+                raise EOFError("no answer, but %r" % self.received)
+        head, _, self.received = self.received.partition(b"\r\n\r\n")
+        line, *lines = head.decode("latin-1").split("\r\n")
+        fields = {}
+        for name, value in (line.split(": ", 1) for line in lines):
+            assert name.lower() not in fields, head
+            fields[name.lower()] = value
+        status = int(re.match(r"HTTP/1\.1 (\d{3}) \S", line).group(1))
+        size = 0 if method == "HEAD" or status == 204 else int(fields["content-length"])
+        while len(self.received) < size:
+            if not self.receive():
+                raise EOFError("the answer breaks off: %r" % self.received)
+        body, self.received = self.received[:size], self.received[size:]
+        return status, fields, body
+
+    def ask(self, key, method="GET", fields=b""):
+        self.send(method.encode() + b" /" + key + b" HTTP/1.1\r\nHost: kv\r\n" + fields + b"\r\n")
+        return self.answer(method)
+
+    def rest(self):
+        """Return all that comes until the server closes the connection."""
+        while self.receive():
+            pass
+        return self.received
+
+
+class DataFileTest(unittest.TestCase):
+    """Section 1: what a line may hold, and what refuses the file."""
+
+    VALUES = (b"", b" ", b" starts with a space", b"ends with spaces  ", b"\t", b"a\tb", b"\r",
+              b"carriage\rreturn", b"ends with one\r", b"\0", b"n\0u\0l", b"\x0b", b"\x0c", b"\x1c",
+              b"\x85", b"\xc2\x85", b"\xe2\x80\xa8", b"\xff\xfe no UTF-8 \x80", key(1), b"%s %d %%",
+              "\u00e4\u20ac\U0001f600".encode(), b"\xef\xbb\xbf", bytes(set(range(256)) - {10}),
+              b"x" * 70000, b"HTTP/1.1 200 OK\r")
+
+    def test_every_value_arrives_as_it_is(self):
+        pairs = {key(n): value for n, value in enumerate(self.VALUES)}
+        lines = [k + b" " + v for k, v in pairs.items()]
+        for content in (b"\n".join(lines), b"\n".join(lines) + b"\n",
+                        b"\n\n" + b"\n\n".join(reversed(lines)) + b"\n\n"):
+            with data_file(content) as path, Serving(path) as server:
+                self.assertEqual(kv.load(path), pairs)
+                code, out, err = run("get", "--url", server.url, *pairs)
+                self.assertEqual((code, err), (0, b""))
+                self.assertEqual(out, b"".join(v + b"\n" for v in pairs.values()))
+                with server.connect() as client:
+                    for k, value in pairs.items():
+                        self.assertEqual(client.ask(k)[::2], (200, value))
+
+    def test_keys_in_either_case(self):
+        lines = b"A0000000-0000-4000-8000-00000000000A upper\na0000000-0000-4000-B000-00000000000b x"
+        with data_file(lines) as path:
+            self.assertEqual(kv.load(path), {key(10): b"upper",
+                                             b"a0000000-0000-4000-b000-00000000000b": b"x"})
+
+    def test_many_pieces(self):
+        """Blank lines, upper case and long values wherever a piece may end."""
+        pairs = {key(n): b"v" * (n % 97) for n in range(20000)}
+        pairs[key(777)] = b"long" * kv.PIECE_BYTES
+        content = b"".join((k.upper() if n % 5000 == 1 else k) + b" " + v + b"\n" * (1 + (n % 7000 == 2))
+                           for n, (k, v) in enumerate(pairs.items()))
+        with data_file(content) as path:
+            self.assertEqual(kv.load(path), pairs)
+
+    K = key(1)
+    NO_KEY = "no version 4 UUID at the start of the line"
+    BAD = (  # what the file holds, then the number, fault and bytes of each line to be named
+        (K, (1, "no space after the key", K)),
+        (K + b"\tv\n", (1, "no space after the key", K + b"\tv")),
+        (K + b"\x00v\n", (1, "no space after the key", K + b"\x00v")),
+        (K + b"\r\n", (1, "no space after the key", K + b"\r")),
+        (b"nonsense\n", (1, NO_KEY, b"nonsense")),
+        (b" " + K + b" v\n", (1, NO_KEY, b" " + K + b" v")),
+        (b"\r\n", (1, NO_KEY, b"\r")),
+        (b" \n", (1, NO_KEY, b" ")),
+        (K[:-1] + b" v\n", (1, NO_KEY, K[:-1] + b" v")),
+        (K + b"0 v\n", (1, "no space after the key", K + b"0 v")),
+        (K.replace(b"-", b"") + b" v\n", (1, NO_KEY, K.replace(b"-", b"") + b" v")),
+        (b"{" + K + b"} v\n", (1, NO_KEY, b"{" + K + b"} v")),
+        (K.replace(b"-4", b"-1") + b" v\n", (1, NO_KEY, K.replace(b"-4", b"-1") + b" v")),
+        (K.replace(b"-8", b"-7") + b" v\n", (1, NO_KEY, K.replace(b"-8", b"-7") + b" v")),
+        (K.replace(b"-8", b"-c") + b" v\n", (1, NO_KEY, K.replace(b"-8", b"-c") + b" v")),
+        (K.replace(b"a", b"g") + b" v\n", (1, NO_KEY, K.replace(b"a", b"g") + b" v")),
+        (K.replace(b"1", b"\xb9") + b" v\n", (1, NO_KEY, K.replace(b"1", b"\xb9") + b" v")),
+        (b"\xef\xbb\xbf" + K + b" v\n", (1, "a byte order mark, where a key should begin",
+                                         b"\xef\xbb\xbf" + K + b" v")),
+        (b"\xff\xfe" + K + b" v\n", (1, "a byte order mark, where a key should begin",
+                                     b"\xff\xfe" + K + b" v")),
+        (K + b" v\n" + K + b" w\n", (2, "the key already stood on another line", K + b" w")),
+        (K + b" v\n\n" + K.upper() + b" v", (3, "the key already stood on another line",
+                                             K.upper() + b" v")),
+        (K.upper() + b" v\n" + K + b" v", (2, "the key already stood on another line", K + b" v")),
+        (K + b" v\r" + key(2) + b" w\n" + key(2), (2, "no space after the key", key(2))),
+        (key(2) + b" v\nbad\n\n" + K + b" w\nworse\n" + K + b" again\n" + b"x" * 99,
+         (2, NO_KEY, b"bad"), (5, NO_KEY, b"worse"),
+         (6, "the key already stood on another line", K + b" again"), (7, NO_KEY, b"x" * 99)),
+    )
+
+    def test_bad_lines_are_named(self):
+        for content, *bad in self.BAD:
+            with self.subTest(content), data_file(content) as path:
+                code, out, err = run("serve", "--port", "0", path)
+                expected = "".join("kv: %s:%d: %s: %r\n" % (path, number, fault, line[:50])
+                                   for number, fault, line in bad)
+                self.assertEqual((code, out, err.decode()), (1, b"", expected))
+
+    def test_a_bad_line_far_down(self):
+        """Keys that repeat across pieces, with all that follows still looked at."""
+        lines = [key(n) + b" value" for n in range(9000)]
+        lines[5000], lines[8000] = key(3) + b" other", b"bad"
+        with data_file(b"\n".join(lines)) as path:
+            with self.assertRaises(kv.BadData) as caught:
+                kv.load(path)
+        self.assertEqual([line.replace(path, "F") for line in caught.exception.args], [
+            "F:5001: the key already stood on another line: %r" % lines[5000],
+            "F:8001: %s: b'bad'" % self.NO_KEY])
+
+    def test_ten_bad_lines_are_named_and_the_others_counted(self):
+        for count in (9, 10, 11, 25):
+            with self.subTest(count), data_file(key(1) + b" v\n" + b"bad\n" * count) as path:
+                code, out, err = run("serve", "--port", "0", path)
+                expected = ["kv: %s:%d: %s: b'bad'" % (path, n + 2, self.NO_KEY)
+                            for n in range(min(count, 10))]
+                if count > 10:
+                    expected.append("kv: %s: and %d more bad lines" % (path, count - 10))
+                self.assertEqual((code, out, err.decode().splitlines()), (1, b"", expected))
+
+    def test_files_that_are_not_to_be_served(self):
+        with data_file(b"") as empty, data_file(b"\n\n\n") as blank:
+            for path, reason in ((empty, "no pair in it"), (blank, "no pair in it"),
+                                 (empty + ".gone", "No such file or directory"),
+                                 (os.path.dirname(empty), "Is a directory")):
+                with self.subTest(reason):
+                    self.assertEqual(run("serve", "--port", "0", path),
+                                     (1, b"", ("kv: %s: %s\n" % (path, reason)).encode()))
+
+    def test_a_file_that_changes_while_it_is_read(self):
+        """Its size or its time is changed again and again, from before the start to the end."""
+        def grow(path):
+            with open(path, "ab") as file:
+                file.write(b"\n")
+
+        def touch(path):
+            os.utime(path)
+
+        for change in (grow, touch):
+            with self.subTest(change), data_file(b"".join(
+                    key(n) + b" value\n" for n in range(300000))) as path:
+                process = subprocess.Popen(command("serve", "--port", "0", path),
+                                           stderr=subprocess.PIPE, env=environment())
+                while process.poll() is None:
+                    change(path)
+                err = process.communicate()[1].decode()
+                self.assertEqual((process.returncode, err),
+                                 (1, "kv: %s: changed while it was read\n" % path))
+
+    def test_standard_input(self):
+        with tempfile.TemporaryFile() as file:
+            file.write(key(1) + b" value\n")
+            file.seek(0)
+            with Serving("-", stdin=file) as server:
+                self.assertIn(b"kv: 1 pairs of standard input in ", server.log)
+                with server.connect() as client:
+                    self.assertEqual(client.ask(key(1))[2], b"value")
+        self.assertEqual(run("serve", "--port", "0", "-", stdin=b"bad"), (
+            1, b"", ("kv: standard input:1: %s: b'bad'\n" % self.NO_KEY).encode()))
+
+    @ON_POSIX
+    def test_a_pipe_is_read_to_its_end(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "pipe")
+            os.mkfifo(path)
+            server = Serving(path)
+            with open(path, "wb") as pipe:
+                pipe.write(b"".join(key(n) + b" %d\n" % n for n in range(9000)))
+            with server, server.connect() as client:
+                self.assertEqual(client.ask(key(8999))[2], b"8999")
+
+
+@ON_POSIX
+class LoadingTest(unittest.TestCase):
+    """What is seen and can be done while a load takes long: its input stays open here."""
+
+    def start(self, stderr):
+        process = subprocess.Popen(command("serve", "--port", "0", "-"), stdin=subprocess.PIPE,
+                                   stderr=stderr, env=environment())
+        self.addCleanup(process.stdin.close)
+        return process
+
+    def feed(self, process, numbers, piece=2000):
+        """Write pairs, more than a pipe holds, so that the program has begun to read them."""
+        process.stdin.write(b"".join(key(next(numbers)) + b" value\n" for _ in range(piece)))
+        process.stdin.flush()
+
+    def test_signals_end_it(self):
+        for how in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(how):
+                process = self.start(subprocess.PIPE)
+                self.feed(process, iter(range(10000)), 5000)
+                process.send_signal(how)
+                err = process.stderr.read()
+                process.stderr.close()
+                self.assertEqual((process.wait(PATIENCE), err), (0, b"kv: stopped\n"))
+
+    def test_progress_on_a_terminal_only(self):
+        import pty
+        terminal, stderr = pty.openpty()
+        process = self.start(stderr)
+        os.close(stderr)
+        shown, numbers = [b""], iter(range(1 << 40))
+        end = time.monotonic() + PATIENCE
+        reader = threading.Thread(target=self.read_terminal, args=(terminal, shown))
+        reader.start()
+        while not re.search(br"pairs, \d+ a second", shown[0]) and time.monotonic() < end:
+            self.feed(process, numbers)
+        process.stdin.close()
+        until(lambda: b" on http://" in shown[0])
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(PATIENCE), 0)
+        reader.join()
+        os.close(terminal)
+        self.assertRegex(shown[0], br"^(\r\? % read, \d+ pairs, \d+ a second )+"
+                                   br"\r\x1b\[Kkv: \d+ pairs of standard input in ")
+
+    @staticmethod
+    def read_terminal(terminal, shown):
+        with contextlib.suppress(OSError):  # how Linux tells that the other side is closed
+            while True:
+                shown[0] += os.read(terminal, 1 << 16)
+
+
+class CommandLineTest(unittest.TestCase):
+    """Section 2: exit codes and messages."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Serving(EXAMPLE).__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.__exit__()
+
+    def check(self, arguments, code, out, err, **how):
+        got = run(*arguments, **how)
+        self.assertEqual(got[:2], (code, out), got)
+        self.assertRegex(got[2].decode(), r"\A%s\Z" % err)
+
+    def test_get(self):
+        url = self.server.url
+        hexadecimal = KEY.replace(b"-", b"")
+        other = b"f8a24bb8-eff8-41dc-929b-10b4c3e49e05"
+        absent, version_1 = ABSENT.decode(), "3479d894-3271-1935-88cf-a06f3cbb80a5"
+        missing = "kv: %s: not found\n" % absent
+        no_uuid = "kv: %s: no version 4 UUID\n"
+        closed = "http://127.0.0.1:1"
+        nobody = "kv: cannot ask %s: .*[Rr]efused.*; run kv.py serve FILE there, .* --url\n" % closed
+        for arguments, code, out, err, how in (
+                ((KEY,), 0, VALUE + b"\n", "", {}),
+                ((KEY.upper(),), 0, VALUE + b"\n", "", {}),
+                ((b"{" + KEY + b"}",), 0, VALUE + b"\n", "", {}),
+                ((b"urn:uuid:" + KEY,), 0, VALUE + b"\n", "", {}),
+                ((hexadecimal,), 0, VALUE + b"\n", "", {}),
+                ((other, KEY, other), 0, b"1234\n" + VALUE + b"\n1234\n", "", {}),
+                (("-",), 0, b"1234\n" + VALUE + b"\n", "", {"stdin": other + b"\n" + KEY}),
+                ((KEY, "-", KEY), 0, VALUE + b"\n1234\n" + VALUE + b"\n", "", {"stdin": other}),
+                (("-",), 0, b"", "", {"stdin": b""}),
+                (("-",), 2, VALUE + b"\n", "kv: .*: no version 4 UUID\n",
+                 {"stdin": b"\xff\xfe\n" + KEY}),
+                ((absent,), 1, b"", missing, {}),
+                ((absent, KEY, absent), 1, VALUE + b"\n", missing * 2, {}),
+                (("nonsense", KEY), 2, VALUE + b"\n", no_uuid % "nonsense", {}),
+                (("nonsense", absent), 2, b"", no_uuid % "nonsense" + missing, {}),
+                ((absent, "nonsense"), 2, b"", missing + no_uuid % "nonsense", {}),
+                ((version_1,), 2, b"", no_uuid % version_1, {}),
+                (("",), 2, b"", no_uuid % "", {}),
+                ((KEY, "--url", url + "/"), 0, VALUE + b"\n", "", {"KV_URL": closed}),
+                (("--url", closed, KEY), 2, b"", nobody, {}),
+                ((KEY, "--timeout", "0.5"), 0, VALUE + b"\n", "", {}),
+                ((KEY,), 0, VALUE + b"\n", "", {"http_proxy": closed}),
+                (("nonsense",), 2, b"", no_uuid % "nonsense", {"KV_URL": closed}),
+                ((KEY, "--url", "localhost:8000"), 2, b"", "kv: .* does not start with http://.*\n", {}),
+                ((KEY, "--url", "http://host:port"), 2, b"", "kv: cannot ask http://host:port: .*\n", {}),
+                ((KEY, "--url", "http://[::1"), 2, b"", "kv: [^\n]*\n", {}),
+                ((KEY, "--timeout", "0"), 2, b"", "kv: argument --timeout: 0 is not between .*\n", {}),
+                ((KEY, "--timeout", "x"), 2, b"", "kv: argument --timeout: [^\n]*\n", {}),
+                ((), 2, b"", "kv: the following arguments are required: KEY [^\n]*\n", {})):
+            with self.subTest(arguments=arguments, how=how):
+                self.check(("get",) + arguments, code, out, err, **dict({"KV_URL": url}, **how))
+
+    def test_other_hosts_are_asked_through_the_proxy(self):
+        self.check(("get", KEY, "--url", "http://kv.example"), 0, VALUE + b"\n", "",
+                   http_proxy=self.server.url)  # which takes the absolute form that a proxy gets
+
+    def test_a_server_that_does_not_answer(self):
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(1)
+            url = "http://127.0.0.1:%d" % silent.getsockname()[1]
+            self.check(("get", KEY, "--url", url, "--timeout", "0.2"), 2, b"",
+                       "kv: cannot ask %s: timed out; [^\n]*\n" % url)
+
+    def test_answers_that_are_none_of_kv(self):
+        for answer, reason in ((b"", "Remote end closed connection"),
+                               (b"SSH-2.0\r\n", r"SSH-2.0\x0d\x0a"),
+                               (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort", "IncompleteRead"),
+                               (b"HTTP/1.1 500 Broken\r\n\r\n", "Broken")):
+            with self.subTest(answer), socket.socket() as listener:
+                listener.bind(("127.0.0.1", 0))
+                listener.listen(1)
+
+                def once():
+                    with listener.accept()[0] as connection:
+                        connection.recv(1000)
+                        connection.sendall(answer)
+
+                thread = threading.Thread(target=once)
+                thread.start()
+                self.check(("get", KEY, "--url", "http://127.0.0.1:%d" % listener.getsockname()[1]),
+                           2, b"", "kv: cannot ask http://[^\n]*%s[^\n]*\n" % re.escape(reason))
+                thread.join()
+
+    @ON_POSIX
+    def test_a_reader_that_has_enough(self):
+        """Like `kv.py get ... | head -1`: the pipe is closed before the second value comes."""
+        process = subprocess.Popen(command("get", "-", "--url", self.server.url),
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=environment())
+        process.stdin.write(KEY + b"\n")
+        process.stdin.flush()
+        self.assertEqual(process.stdout.readline(), VALUE + b"\n")
+        process.stdout.close()
+        process.stdin.write((KEY + b"\n") * 3)
+        process.stdin.close()
+        self.assertEqual((process.wait(PATIENCE), process.stderr.read()), (0, b""))
+        process.stderr.close()
+
+    def test_as_a_module(self):
+        self.assertEqual(kv.get(KEY.decode().upper(), self.server.url), VALUE)
+        with self.assertRaises(KeyError):
+            kv.get(ABSENT.decode(), self.server.url)
+        for wrong in ("nonsense", "3479d894-3271-1935-88cf-a06f3cbb80a5"):
+            with self.assertRaises(ValueError):
+                kv.get(wrong, self.server.url)
+        with self.assertRaises(OSError):
+            kv.get(KEY.decode(), "http://127.0.0.1:1")
+
+    def test_wrong_usage_and_what_cannot_be_listened_on(self):
+        taken = str(self.server.port)
+        for arguments, code, err in (
+                ((), 2, r"kv: [^\n]*serve \| get[^\n]*\n"),
+                (("fetch",), 2, "kv: [^\n]*fetch[^\n]*\n"),
+                (("serve",), 2, "kv: [^\n]*FILE[^\n]*\n"),
+                (("serve", EXAMPLE, EXAMPLE), 2, "kv: unrecognized arguments: [^\n]*\n"),
+                (("serve", EXAMPLE, "--port", "65536"), 2, "kv: argument --port: 65536 is not [^\n]*\n"),
+                (("serve", EXAMPLE, "--port", "-1"), 2, "kv: argument --port: [^\n]*\n"),
+                (("serve", EXAMPLE, "--port", "http"), 2, "kv: argument --port: [^\n]*\n"),
+                (("serve", EXAMPLE, "--port", taken), 1,
+                 "kv: cannot listen on 127.0.0.1:%s: Address already in use\n" % taken),
+                (("serve", "/no/such/file", "--port", taken), 1,
+                 "kv: cannot listen on 127.0.0.1:%s: Address already in use\n" % taken),
+                (("serve", EXAMPLE, "--host", "no.such.host.invalid"), 1,
+                 "kv: cannot listen on no.such.host.invalid:8000: [^\n]*\n"),
+                (("serve", EXAMPLE, "--host", "a..b"), 1, r"kv: cannot listen on a..b:8000: [^\n]*\n"),
+                (("serve", EXAMPLE, "--host", "203.0.113.1"), 1,
+                 "kv: cannot listen on 203.0.113.1:8000: Cannot assign requested address\n")):
+            with self.subTest(arguments):
+                self.check(arguments, code, b"", err)
+
+    def test_help_and_version(self):
+        for arguments, words in ((["--help"], ["serve", "get", "--version"]),
+                                 (["serve", "--help"], ["127.0.0.1", "8000", "--verbose"]),
+                                 (["get", "--help"], ["http://127.0.0.1:8000", "KV_URL", "10"]),
+                                 (["--version"], ["kv " + kv.__version__])):
+            code, out, err = run(*arguments)
+            self.assertEqual((code, err), (0, b""))
+            for word in words:
+                self.assertIn(word, out.decode())
+
+    def test_ready_line_names_pairs_file_time_and_address(self):
+        self.assertRegex(self.server.log.decode(), r"\Akv: 10000 pairs of %s in \d+\.\d\d s, on "
+                         r"http://127\.0\.0\.1:\d+\n\Z" % re.escape(EXAMPLE))
+
+    @ON_POSIX
+    def test_signals_stop_it(self):
+        for how in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(how), Serving(EXAMPLE) as server, server.connect() as client:
+                self.assertEqual(client.ask(KEY)[0], 200)
+                self.assertEqual(server.stop(how), 0)
+                server.reader.join()
+                self.assertEqual(server.log.decode().splitlines()[1:], ["kv: stopped"])
+
+    def test_hosts(self):
+        def can(family, address):
+            with contextlib.suppress(OSError), socket.socket(family) as probe:
+                probe.bind((address, 0))
+                return True
+
+        for host, url, addresses in (("127.0.0.1", "127.0.0.1", ["127.0.0.1"]),
+                                     ("localhost", "localhost", ["localhost"]),
+                                     ("0.0.0.0", "0.0.0.0", ["127.0.0.1"]),
+                                     ("::1", "[::1]", ["::1"]),
+                                     ("::", "[::]", ["::1", "127.0.0.1"])):
+            if ":" in host and not can(socket.AF_INET6, "::1"):
+                continue
+            with self.subTest(host), Serving(EXAMPLE, "--host", host) as server:
+                self.assertIn("on http://%s:%d\n" % (url, server.port), server.log.decode())
+                for address in addresses:
+                    with Connection((address, server.port)) as client:
+                        self.assertEqual(client.ask(KEY)[2], VALUE)
+                        name = "[%s]" % address if ":" in address else address
+                    self.assertEqual(run("get", KEY, "--url", "http://%s:%d" % (name, server.port)),
+                                     (0, VALUE + b"\n", b""))
+
+    def test_verbose_logs_in_common_log_format(self):
+        with Serving(EXAMPLE, "--verbose") as server, server.connect() as client:
+            for number, target in enumerate((KEY, ABSENT, b"\x1b[2J\"\\\x7f\xe9"), 1):
+                client.ask(target)
+                until(lambda: server.log.count(b"\n") == number + 1)
+        lines = server.log.decode("ascii").splitlines()[1:]
+        for line, request, status, size in zip(lines, (
+                KEY.decode(), ABSENT.decode(), r'\\x1b\[2J\\"\\\\\\x7f\\xe9'), (200, 404, 400), (15, None, None)):
+            self.assertRegex(line, r'^kv: 127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d '
+                                   r'[-+]\d{4}\] "GET /%s HTTP/1\.1" %d %s$' % (request, status, size or r"\d+"))
+        self.assertEqual(len(lines), 3)
+
+    def test_older_pythons_are_told(self):
+        olds = [path for version in ("2.7", "3.4", "3.5", "3.6") for path in old_pythons(version)]
+        if not olds:
+            self.skipTest("no Python before 3.7 here")
+        for path in olds:
+            done = subprocess.run([path, os.path.join(HERE, "kv.py"), "--version"], timeout=PATIENCE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual((done.returncode, done.stdout), (1, b""))
+            self.assertRegex(done.stderr, br"\Akv: needs Python 3\.7 or newer[^\n]*\n\Z")
+
+
+def old_pythons(version):
+    """Return the paths of interpreters of this version that pyenv or PATH have and that run."""
+    import glob
+    import shutil
+    root = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+    found = glob.glob(os.path.join(root, "versions", version + ".*", "bin", "python"))
+    return found or [path for path in [shutil.which("python" + version)]
+                     if path and "shims" not in path]
+
+
+class AnswerTest(unittest.TestCase):
+    """Section 3: what is answered to what."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Serving(EXAMPLE).__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.__exit__()
+
+    STATUS = (  # method, target without its first /, status, body (None: any one line of text)
+        ("GET", KEY, 200, VALUE),
+        ("GET", KEY.upper(), 200, VALUE),
+        ("GET", ABSENT, 404, None),
+        ("GET", ABSENT[:-1], 400, None),
+        ("GET", ABSENT + b"0", 400, None),
+        ("GET", KEY + b"/", 400, None),
+        ("GET", KEY + b"?", 400, None),
+        ("GET", b"/" + KEY, 400, None),
+        ("GET", b"favicon.ico", 400, None),
+        ("GET", KEY.replace(b"-4", b"-1"), 400, None),
+        ("GET", KEY.replace(b"-8", b"-7"), 400, None),
+        ("GET", KEY.replace(b"-", b""), 400, None),
+        ("GET", b"%" + KEY[1:], 400, None),
+        ("POST", KEY, 405, None), ("PUT", KEY, 405, None), ("DELETE", KEY, 405, None),
+        ("PATCH", KEY, 405, None), ("TRACE", KEY, 405, None), ("CONNECT", KEY, 405, None),
+        ("POST", b"", 405, None),
+        ("OPTIONS", KEY, 204, b""), ("OPTIONS", b"", 204, b""),
+        ("BREW", KEY, 501, None), ("get", KEY, 501, None), ("G", KEY, 501, None))
+
+    def test_status_fields_and_body(self):
+        with self.server.connect() as client:
+            for method, target, status, body in self.STATUS:
+                with self.subTest(method=method, target=target):
+                    got, fields, text = client.ask(target, method)
+                    self.assertEqual(got, status)
+                    self.check(fields, status, text, body)
+                    if method == "GET":
+                        head = client.ask(target, "HEAD")
+                        self.assertEqual(head[0], status)
+                        self.assertEqual(dict(head[1], date=""), dict(fields, date=""))
+
+    def check(self, fields, status, text, body):
+        fields = dict(fields)
+        self.assertEqual(fields.pop("server"), "kv/" + kv.__version__)
+        self.assertRegex(fields.pop("date"), r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]{8} GMT$")
+        if status != 204:
+            self.assertEqual(fields.pop("content-type"), "text/plain; charset=utf-8")
+            self.assertEqual(fields.pop("x-content-type-options"), "nosniff")
+            self.assertEqual(fields.pop("content-length"), str(len(text)))
+        if status in (204, 405):
+            self.assertEqual(fields.pop("allow"), "GET, HEAD, OPTIONS")
+        self.assertEqual(fields, {})
+        if body is None:
+            self.assertRegex(text, br"\A[ -~]+\n\Z")
+            self.assertNotIn(b"<", text)
+        else:
+            self.assertEqual(text, body)
+
+    def test_root_says_what_is_served(self):
+        with self.server.connect() as client:
+            status, _, body = client.ask(b"")
+            self.assertEqual((status, client.ask(b"", "HEAD")[0]), (200, 200))
+        self.assertRegex(body.decode(), r"\A10000 pairs of example\.data, since [^\n]* GMT\n[^\n]*/KEY[^\n]*\n\Z")
+        self.assertNotIn(HERE, body.decode())
+
+    def test_asterisk_and_absolute_form(self):
+        for line, status, body in ((b"OPTIONS *", 204, b""), (b"GET http://kv/" + KEY, 200, VALUE),
+                                   (b"GET HTTP://[::1]:80/" + KEY.upper(), 200, VALUE),
+                                   (b"GET http://kv/" + ABSENT, 404, None),
+                                   (b"GET http://kv/", 200, None), (b"GET http://kv", 200, None),
+                                   (b"OPTIONS http://kv", 204, b"")):
+            with self.subTest(line), self.server.connect() as client:
+                client.send(line + b" HTTP/1.1\r\nHost: kv\r\n\r\n")
+                answer = client.answer()
+                self.assertEqual(answer[0], status)
+                self.assertNotIn("connection", answer[1])
+                if body is not None:
+                    self.assertEqual(answer[2], body)
+
+    def test_all_of_the_example_over_one_connection(self):
+        with open(EXAMPLE, "rb") as file, self.server.connect() as client:
+            count = 0
+            for line in file:
+                k, _, value = line.rstrip(b"\n").partition(b" ")
+                self.assertEqual(client.ask(k)[::2], (200, value))
+                count += 1
+        self.assertEqual(count, 10000)
+
+    def test_fifty_clients_at_once(self):
+        with open(EXAMPLE, "rb") as file:
+            lines = [line.rstrip(b"\n").partition(b" ") for line in file][:5000]
+        wrong, start = [], threading.Barrier(50)
+
+        def client(pairs):
+            with self.server.connect() as connection:
+                start.wait(PATIENCE)  # all are connected before the first asks
+                for k, _, value in pairs:
+                    answer = connection.ask(k)
+                    if answer[::2] != (200, value):
+                        wrong.append(answer)
+            wrong.append(None)
+
+        threads = [threading.Thread(target=client, args=(lines[n::50],)) for n in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [None] * 50)
+
+
+if __name__ == "__main__":
+    unittest.main()
