@@ -55,6 +55,7 @@ def log(text):
 # From a line to a pair
 
 KEY = br"x{8}-x{4}-4x{3}-[89ab]x{3}-x{12}".replace(b"x", b"[0-9a-f]")   # RFC 9562 section 5.4
+ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")           # of UTF-8 and UTF-16
 is_key = re.compile(KEY).fullmatch
 all_pairs = re.compile(b"^(" + KEY + b") (.*)\n", re.MULTILINE).findall
 
@@ -66,12 +67,11 @@ class BadData(ValueError):
 def take_lines(lines, first, pairs):
     """Add the good ones of `lines` (bytes), numbered from `first`, to `pairs` (dict).
 
-    Yields "NUMBER: what is wrong: the line's first bytes" for each bad one.
+    Yields a str for each bad one: its number, what is wrong and how it begins.
     """
     for number, line in enumerate(lines, first):
         key = line[:36].lower()
-        wrong = ("a byte order mark, where a key should begin"
-                 if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"))
+        wrong = ("a byte order mark, where a key should begin" if line.startswith(ORDER_MARKS)
                  else "no version 4 UUID at the start of the line" if not is_key(key)
                  else "no space after the key" if line[36:37] != b" "
                  else "the key already stood on another line" if key in pairs else None)
@@ -81,18 +81,14 @@ def take_lines(lines, first, pairs):
             pairs[key] = line[37:]
 
 
-def name_of(path):
-    """Return how messages call the file at `path` (str)."""
-    return "standard input" if path == "-" else path
-
-
 def load(path, after_piece=lambda done, size, pairs: None):
     """Return the pairs in the file at `path` (str, "-" for standard input), {key: value}, bytes.
 
-    One findall takes a whole piece of it; lines are looked at singly only where the counts do not
-    match. Calls `after_piece(bytes read, bytes in the file, pairs)`. Raises BadData.
+    One findall takes all pairs of a piece; only where the counts do not match are its lines looked
+    at singly. Calls `after_piece(bytes read, bytes in the file, pairs)`. Raises BadData.
     """
-    name, pairs, lines, done, bad, bad_lines = name_of(path), {}, 0, 0, [], 0
+    pairs, lines, done, bad, bad_lines = {}, 0, 0, [], 0
+    name = "standard input" if path == "-" else path
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             before = os.fstat(file.fileno())
@@ -126,15 +122,16 @@ def load(path, after_piece=lambda done, size, pairs: None):
 
 # From a head to a look-up: the grammar of RFC 9112, in expressions
 
-TOKEN = br"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                  # RFC 9110 section 5.6.2
-FIELD = TOKEN + br":[\t -~\x80-\xff]*\r\n"                               # RFC 9112 section 5
-BYTE = br"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"               # RFC 3986 section 3.2.2
+TOKEN = br"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                            # RFC 9110 section 5.6.2
+FIELD = TOKEN + br":[\t -~\x80-\xff]*\r\n"                         # RFC 9112 section 5
+BYTE = br"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"         # RFC 3986 section 3.2.2
 IPV6 = (br"(?:x:){6}(?:x:x|v)|(?!(?::*x\b){8}|(?::*x\b){7}\.)(?:x(?::x)*)?::(?:(?:x:)*(?:x|v))?"
         .replace(b"x", b"[0-9A-Fa-f]{1,4}").replace(b"v", br"\.".join([BYTE] * 4)))
-NAME = br"(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"                # no comma: not a list
+NAME = br"(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"          # no comma: not a list
 HOST = br"(?:\[(?:" + IPV6 + br")\]|" + NAME + b")(?::[0-9]{0,5})?"
 ANY_KEY = KEY.replace(b"a-f", b"a-fA-F").replace(b"ab]", b"abAB]")
 LINE = br"[^\n]*\n"
+SIZES = b"Content-Length|Transfer-Encoding"
 
 
 def fields(names, but=b"(?!)"):
@@ -143,46 +140,45 @@ def fields(names, but=b"(?!)"):
 
 
 def one(field, names, times=b""):
-    """Return an expression: all fields to the head's end, just one, `field`, with one of `names`."""
-    return (fields(names) + b"(?:(?i:" + field + br")[\t ]*\r\n)" + times + fields(names) + br"\r\n")
+    """Return an expression: the fields of a head, just one, `field`, with one of `names`."""
+    return fields(names) + b"(?:(?i:" + field + br")[\t ]*\r\n)" + times + fields(names) + br"\r\n"
 
 
 # The plain head: GET of a key, and no field that changes what that means.
-SIZES = b"Content-Length|Transfer-Encoding"
 PLAIN = fields(b"Host|Connection|Expect|" + SIZES, br"Connection:[\t ]*(?:keep-alive|(close))")
 plain_head = re.compile(b"GET /(" + ANY_KEY + br") HTTP/1\.1\r\n" + PLAIN + br"(?i:Host):[\t ]*"
                         + HOST + br"[\t ]*\r\n" + PLAIN + br"\r\n").match
 
-# What any other head matches, or the status and text of its answer. Sections are RFC 9112's.
-BEGINNING = (     # of a head, as far as HEAD_BYTES + 1
-    (br"(?:\r\n)?[^\r\n]{0,%d}(?:[\r\n]|\Z)" % LINE_BYTES,
+# What any other head matches, or else the status and text of its answer. Sections are RFC 9112's.
+BEGINNING = (  # as far as HEAD_BYTES + 1
+    (br"(?!(?:\r\n)?[^\r\n]{%d})" % (LINE_BYTES + 1),
      414, b"the request line is over %d bytes\n" % LINE_BYTES),
-    (br"[^\r\n]*(?:\r\n[^\r\n]*)*\r?\Z", 400, b"a CR or LF on its own\n"),      # section 2.2
+    (br"[^\r\n]*(?:\r\n[^\r\n]*)*\r?\Z", 400, b"a CR or LF on its own\n"),          # section 2.2
     (br"(?s).{0,%d}\Z" % HEAD_BYTES, 431, b"the head is over %d bytes\n" % HEAD_BYTES))
-WHOLE = (         # head; where it does not match this its connection is closed
-    (TOKEN + br" [!-~]+ HTTP/[0-9]\.[0-9]\r\n",                                 # section 3
+WHOLE = (      # and then the connection is closed
+    (TOKEN + br" [!-~]+ HTTP/[0-9]\.[0-9]\r\n",                                     # section 3
      400, b"the request line is not METHOD TARGET HTTP/1.1 with one space between\n"),
-    (LINE + b"(?:" + FIELD + br")*\r\n", 400, b"a line is not NAME: VALUE\n"),  # section 5
-    (br"[^\n]*/1\.[01]\r\n", 505, b"neither HTTP/1.1 nor HTTP/1.0\n"),          # section 2.3
+    (LINE + b"(?:" + FIELD + br")*\r\n", 400, b"a line is not NAME: VALUE\n"),      # section 5
+    (br"[^\n]*/1\.[01]\r\n", 505, b"the version is neither 1.1 nor 1.0\n"),         # section 2.3
     (LINE + one(br"Host:[\t ]*" + HOST, b"Host") + br"|[^\n]*0\r\n" + fields(b"Host") + br"\r\n",
-     400, b"not exactly one Host that is a host or host:port\n"),               # section 3.2
-    (b"[^ ]+ (?:/|(?i:http)://" + HOST + br"[/? ])|OPTIONS \* |CONNECT ",
+     400, b"not exactly one Host that is a host or host:port\n"),                   # section 3.2
+    (b"[^ ]+ (?:/|(?i:http)://" + HOST + br"[/? ])|OPTIONS \* |CONNECT ",           # section 3.2
      400, b"the target is neither /KEY nor http://HOST/KEY\n"),
     (LINE + one(br"Content-Length:[\t ]*[0-9]+|Transfer-Encoding:[\t ]*(?:" + TOKEN
-                + br"[\t ]*,[\t ]*)*chunked", SIZES, b"?"),                     # section 6.3
+                + br"[\t ]*,[\t ]*)*chunked", SIZES, b"?"),                         # section 6.3
      400, b"not exactly one Content-Length or Transfer-Encoding that says where the body ends\n"),
     (b"(?!GET |HEAD )|" + LINE + one(br"Content-Length:[\t ]*0", SIZES, b"?"),
      400, b"a GET or HEAD with a body\n"),
     (LINE + fields(b"Expect", br"Expect:[\t ]*100-continue") + br"\r\n",
-     417, b"nothing but 100-continue can be expected\n"))                       # RFC 9110, 10.1.1
-SERVED = (        # head; where it does not match this its connection is kept
+     417, b"nothing but 100-continue can be expected\n"))                           # RFC 9110, 10.1.1
+SERVED = (     # and then the connection is kept, unless the head is its last
     (b"(?!OPTIONS )", 204, b""),
     (b"(?!(?:POST|PUT|DELETE|CONNECT|TRACE|PATCH) )",
      405, b"only GET, HEAD and OPTIONS are answered\n"),
     (b"GET |HEAD ", 501, b"HTTP has no such method\n"),
     (b"[A-Z]+ (?:(?i:http)://[^/?]*)?/?(?:(?<=/)" + ANY_KEY + b")? ",
      400, b"what stands after the / is no version 4 UUID\n"))
-is_last = re.compile(                                                           # section 9.3
+is_last = re.compile(                                                               # section 9.3
     br"(?im)\A.*0\r$|^Transfer-Encoding:|^Content-Length:[\t ]*(?![\t ]|0[\t ]*\r$)"
     br"|^Connection:(?:.*,)?[\t ]*close[\t ]*[,\r]").search
 
@@ -214,8 +210,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if plain:
             self.received = self.head[plain.end():]
             self.close_connection = plain.lastindex > 1
-            self.answer_key(plain.group(1))
-            return
+            return self.answer_key(plain.group(1))
         self.close_connection = True
         if self.read_head() and self.matches(WHOLE):
             self.close_connection = bool(is_last(self.head))
@@ -280,14 +275,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.request.sendall(b"%b%b\r\n%b" % (STATUS[status], fields, body))
 
     def log_request(self, code="-", size="-"):
-        """Log in Common Log Format, with nothing in it that a terminal would obey."""
+        """Log in Common Log Format."""
         line = self.head.partition(b"\r\n")[0].decode("latin-1").encode("unicode_escape").decode()
         log('%s - - [%s] "%s" %s %s' % (
             self.client_address[0], time.strftime("%d/%b/%Y:%H:%M:%S %z"),
             line.replace('"', r'\"'), code, size))
 
     def finish(self):
-        """Read on for a moment if more may come after the last head: closing would reset it all."""
+        """Read on for a moment where more may come, or the close would take the answer with it."""
         if not plain_head(self.head):
             self.request.shutdown(socket.SHUT_WR)
             self.request.settimeout(DRAIN_SECONDS)
@@ -317,11 +312,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = "http://%s:%d" % (
             "[%s]" % host if ":" in host else host, self.server_address[1])
 
-    def use(self, pairs, path):
-        """Answer from `pairs`, anything with `get`, which come from the file at `path` (str)."""
+    def use(self, pairs, name):
+        """Answer from `pairs`, anything with `get`, that come from the file called `name` (str)."""
         self.pairs = pairs
         self.summary = ("%d pairs of %s, since %s\nask for one by GET /KEY, a version 4 UUID\n" % (
-            len(pairs), os.path.basename(name_of(path)), email.utils.formatdate(usegmt=True))
+            len(pairs), os.path.basename(name), email.utils.formatdate(usegmt=True))
         ).encode("utf-8", "backslashreplace")
 
     def service_actions(self):
@@ -351,6 +346,17 @@ class Server(http.server.ThreadingHTTPServer):
             log("fault in answering %s: %r" % (client_address[0], error))
 
 
+def pin_to_one_processor(port):
+    """Keep this process on one processor, where threads cannot run Python on several anyway.
+
+    Threads that wake on other processors only fight for the GIL. Instances on neighbouring ports
+    take different ones.
+    """
+    if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, [processors[port % len(processors)]])
+
+
 def serve(file, host, port, verbose):
     """Load `file` and answer from it until SIGTERM or Ctrl-C. Returns the exit code."""
     def show(done, size, pairs):
@@ -360,14 +366,15 @@ def serve(file, host, port, verbose):
                 done * 100 // size if size else "?", len(pairs), len(pairs) / seconds))
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start = time.monotonic()
+    start, name = time.monotonic(), "standard input" if file == "-" else file
     try:
         server = Server(host, port, verbose)
-        server.use(load(file, show), file)
+        server.use(load(file, show), name)
         server.service_actions()
         server.server_activate()
+        pin_to_one_processor(server.server_address[1])
         log("%d pairs of %s in %.2f s, on %s" % (
-            len(server.pairs), name_of(file), time.monotonic() - start, server.url))
+            len(server.pairs), name, time.monotonic() - start, server.url))
         server.serve_forever(POLL_SECONDS)
     except KeyboardInterrupt:
         log("stopped")

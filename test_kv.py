@@ -4,6 +4,7 @@
 """
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -690,6 +691,365 @@ class AnswerTest(unittest.TestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(wrong, [None] * 50)
+
+
+class StrictTest(unittest.TestCase):
+    """Section 3, strictly: raw bytes in, and what must come of them."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Serving(EXAMPLE).__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.__exit__()
+
+    LINE = b"GET /" + KEY + b" HTTP/1.1\r\n"
+    HOST = b"Host: kv\r\n"
+    PLAIN = LINE + HOST + b"\r\n"
+    POST = b"POST /" + KEY + b" HTTP/1.1\r\n" + HOST
+
+    KEPT = (  # what follows is fine: status, head; the connection stays open
+        (200, PLAIN),
+        (200, b"\r\n" + PLAIN),
+        (404, PLAIN.replace(KEY, ABSENT)),
+        (400, PLAIN.replace(KEY, b"favicon.ico")),
+        (200, PLAIN.replace(b"Host", b"hOST")),
+        (200, LINE + b"Host:kv\r\n\r\n"),
+        (200, LINE + b"Host: \t kv \t \r\n\r\n"),
+        (200, LINE + b"Host: kv:8000\r\n\r\n"),
+        (200, LINE + b"Host: kv:\r\n\r\n"),
+        (200, LINE + b"Host: 127.0.0.1:8000\r\n\r\n"),
+        (200, LINE + b"Host: [::1]:8000\r\n\r\n"),
+        (200, LINE + b"Host: [2001:db8::ffff:192.0.2.1]\r\n\r\n"),
+        (200, LINE + b"Host: a-b_c.~!$&'()*+;=%20\r\n\r\n"),
+        (200, LINE + b"Accept: */*\r\n" + HOST + b"User-Agent: x\r\n\r\n"),
+        (200, LINE + HOST + b"!#$%&'*+-.^_`|~09azAZ: any token\r\n\r\n"),
+        (200, LINE + HOST + b"X:\r\n\r\n"),
+        (200, LINE + HOST + b"X: \t \r\n\r\n"),
+        (200, LINE + HOST + b"X: a\tb \x80\xff !~\r\n\r\n"),
+        (200, LINE + HOST + b"Connection: keep-alive\r\n\r\n"),
+        (200, LINE + HOST + b"Connection: Keep-Alive, X-Close\r\nx-close: 1\r\n\r\n"),
+        (200, LINE + HOST + b"Connection:\r\n\r\n"),
+        (200, LINE + HOST + b"Content-Length: 0\r\n\r\n"),
+        (200, LINE + b"content-length:0 \r\n" + HOST + b"\r\n"),
+        (200, LINE + HOST + b"Expect: 100-continue\r\n\r\n"),
+        (200, LINE + HOST + b"expect: 100-Continue\r\n\r\n"),
+        (200, LINE + HOST + b"Upgrade: h2c\r\nConnection: upgrade\r\n\r\n"),
+        (200, LINE + HOST + b"Range: bytes=0-1\r\nIf-None-Match: *\r\n\r\n"),
+        (200, LINE.replace(b"/", b"http://kv/", 1) + b"Host: other\r\n\r\n"),
+        (200, LINE.replace(b"/", b"HTTP://[::1]:80/", 1) + HOST + b"\r\n"),
+        (200, b"GET / HTTP/1.1\r\n" + HOST + b"\r\n"),
+        (200, b"GET http://kv HTTP/1.1\r\n" + HOST + b"\r\n"),
+        (204, b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n"),
+        (204, b"OPTIONS / HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n\r\n"),
+        (405, POST + b"\r\n"),
+        (405, POST + b"Content-Length: 0\r\n\r\n"),
+        (405, b"CONNECT kv:80 HTTP/1.1\r\n" + HOST + b"\r\n"),
+        (405, b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n"),
+        (501, PLAIN.replace(b"GET", b"get")),
+        (501, PLAIN.replace(b"GET", b"!#$%&'*+-.^_`|~09azAZ")),
+        (200, LINE + HOST + b"X: " + b"x" * (kv.HEAD_BYTES - len(PLAIN) - 5) + b"\r\n\r\n"),
+        (200, LINE + HOST + b"a:b\r\n" * 2000 + b"\r\n"),
+        (400, b"GET /" + b"x" * (kv.LINE_BYTES - 14) + b" HTTP/1.1\r\n" + HOST + b"\r\n"),
+    )
+
+    CLOSED = (  # answered, and then the connection is closed: status, head
+        (200, LINE + HOST + b"Connection: close\r\n\r\n"),
+        (200, LINE + b"connection:Close\t\r\n" + HOST + b"\r\n"),
+        (200, LINE + HOST + b"Connection: close\r\nConnection: keep-alive\r\n\r\n"),
+        (200, LINE + HOST + b"Connection: keep-alive , close\r\n\r\n"),
+        (200, LINE + HOST + b"Connection: close,x\r\n\r\n"),
+        (404, LINE.replace(KEY, ABSENT) + HOST + b"Connection: close\r\n\r\n"),
+        (200, b"GET /" + KEY + b" HTTP/1.0\r\n\r\n"),
+        (200, b"GET /" + KEY + b" HTTP/1.0\r\n" + HOST + b"Connection: keep-alive\r\n\r\n"),
+        # the request line
+        (400, b"\r\n\r\n"),
+        (400, b"\r\n\r\n" + PLAIN),
+        (400, b"\n" + PLAIN),
+        (400, b" " + PLAIN),
+        (400, b"GET\r\n" + HOST + b"\r\n"),
+        (400, b"GET /\r\n\r\n"),
+        (400, PLAIN.replace(b" HTTP/1.1", b"")),
+        (400, PLAIN.replace(b"GET ", b"")),
+        (400, PLAIN.replace(b"GET ", b"GET  ")),
+        (400, PLAIN.replace(b"GET ", b"GET\t")),
+        (400, PLAIN.replace(b" HTTP", b"  HTTP")),
+        (400, PLAIN.replace(b" HTTP", b"\tHTTP")),
+        (400, PLAIN.replace(b" HTTP", b" x HTTP")),
+        (400, PLAIN.replace(b"1.1\r\n", b"1.1 \r\n")),
+        (400, PLAIN.replace(b"GET", b"G(T")),
+        (400, PLAIN.replace(b"GET", b"G\x00T")),
+        (400, PLAIN.replace(b"GET", b"G\xe4T")),
+        (400, PLAIN.replace(b"GET", b"")),
+        (400, PLAIN.replace(KEY, KEY + b"\x00")),
+        (400, PLAIN.replace(KEY, KEY + b"\x7f")),
+        (400, PLAIN.replace(KEY, KEY + b"\x80")),
+        (400, PLAIN.replace(KEY, KEY + b"\xc3\xa4")),
+        (400, PLAIN.replace(KEY, KEY + b"\x1b")),
+        (400, PLAIN.replace(b"/" + KEY, KEY)),
+        (400, PLAIN.replace(b"/" + KEY, b"*")),
+        (400, PLAIN.replace(b"/" + KEY, b"kv:80")),
+        (400, PLAIN.replace(b"/" + KEY, b"ftp://kv/" + KEY)),
+        (400, PLAIN.replace(b"/" + KEY, b"http:///" + KEY)),
+        (400, PLAIN.replace(b"/" + KEY, b"http://me@kv/" + KEY)),
+        (400, PLAIN.replace(b"/" + KEY, b"http:/" + KEY)),
+        (400, b"POST * HTTP/1.1\r\n" + HOST + b"\r\n"),
+        # the version
+        (505, PLAIN.replace(b"1.1", b"1.2")),
+        (505, PLAIN.replace(b"1.1", b"2.0")),
+        (505, PLAIN.replace(b"1.1", b"0.9")),
+        (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+        (400, PLAIN.replace(b"1.1", b"1")),
+        (400, PLAIN.replace(b"1.1", b"1.10")),
+        (400, PLAIN.replace(b"1.1", b"01.1")),
+        (400, PLAIN.replace(b"1.1", b"1,1")),
+        (400, PLAIN.replace(b"HTTP", b"http")),
+        (400, PLAIN.replace(b"HTTP", b"HTTPS")),
+        (400, PLAIN.replace(b"HTTP/", b"HTTP /")),
+        # line ends
+        (400, PLAIN.replace(b"\r\n", b"\n")),
+        (400, PLAIN.replace(b"\r\n", b"\n", 1)),
+        (400, PLAIN.replace(b"\r\n", b"\r", 1)),
+        (400, LINE + b"Host: kv\n\r\n"),
+        (400, LINE + HOST + b"\n"),
+        (400, LINE + HOST + b"X: a\rb\r\n\r\n"),
+        (400, LINE + HOST + b"X: a\nb: c\r\n\r\n"),
+        (400, LINE + HOST + b"X: a\r\r\n\r\n"),
+        # fields
+        (400, LINE + HOST + b"X : a\r\n\r\n"),
+        (400, LINE + HOST + b"X\t: a\r\n\r\n"),
+        (400, LINE + b"Host : kv\r\n\r\n"),
+        (400, LINE + b" " + HOST + b"\r\n"),
+        (400, LINE + b" X: a\r\n" + HOST + b"\r\n"),
+        (400, LINE + HOST + b"X: a\r\n folded\r\n\r\n"),
+        (400, LINE + HOST + b"X: a\r\n\tfolded\r\n\r\n"),
+        (400, LINE + HOST + b"no colon\r\n\r\n"),
+        (400, LINE + HOST + b": no name\r\n\r\n"),
+        (400, LINE + HOST + b"X(: a\r\n\r\n"),
+        (400, LINE + HOST + b"X\xe4: a\r\n\r\n"),
+        (400, LINE + HOST + b"X\x00: a\r\n\r\n"),
+        (400, LINE + HOST + b"X: \x00\r\n\r\n"),
+        (400, LINE + HOST + b"X: a\x01\r\n\r\n"),
+        (400, LINE + HOST + b"X: \x0b\r\n\r\n"),
+        (400, LINE + HOST + b"X: \x7f\r\n\r\n"),
+        (400, b"GET /" + KEY + b" HTTP/1.0\r\nno colon\r\n\r\n"),
+        # Host
+        (400, LINE + b"\r\n"),
+        (400, LINE + b"X: a\r\n\r\n"),
+        (400, LINE + HOST + HOST + b"\r\n"),
+        (400, LINE + HOST + b"X: a\r\nhost: kv2\r\n\r\n"),
+        (400, b"GET /" + KEY + b" HTTP/1.0\r\n" + HOST + HOST + b"\r\n"),
+        (400, b"GET /" + KEY + b" HTTP/1.0\r\nHost: a b\r\n\r\n"),
+    ) + tuple((400, b"GET /" + KEY + b" HTTP/1.1\r\nHost: " + host + b"\r\n\r\n") for host in (
+        b"", b" ", b"a, b", b"a,b", b"a b", b"me@kv", b"kv/", b"http://kv", b"kv:port", b"kv:80:80",
+        b"kv:-1", b"kv:123456", b"kv?", b"kv#", b"k\\v", b"k%v", b"k%2", b"k<v", b"k\"v", b"k\xe4v",
+        b"[::1", b"::1", b"[]", b"[::1]x", b"[1::2::3]", b"[1:2:3:4:5:6:7]", b"[1:2:3:4:5:6:7:8:9]",
+        b"[1:2:3:4:5:6:7::8]", b"[12345::]", b"[g::]", b"[::1.2.3.256]", b"[::1.2.3]", b":80")) + (
+        # bodies: never read, so what follows the head is never a request
+        (400, LINE + HOST + b"Content-Length: 1\r\n\r\nx"),
+        (400, LINE + HOST + b"Content-Length: %d\r\n\r\n" % len(PLAIN) + PLAIN),
+        (400, LINE + HOST + b"Content-Length: 00\r\n\r\n"),
+        (400, LINE + HOST + b"Content-Length: 0\r\nContent-Length: 0\r\n\r\n"),
+        (400, LINE + HOST + b"Content-Length: 0, 0\r\n\r\n"),
+        (400, LINE + HOST + b"Content-Length:\r\n\r\n"),
+        (400, LINE + HOST + b"Content-Length: -0\r\n\r\n"),
+        (400, LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+        (400, LINE + HOST + b"Transfer-Encoding: identity\r\n\r\n"),
+        (400, LINE + HOST + b"transfer-encoding:\r\n\r\n"),
+        (405, POST + b"Content-Length: 5\r\n\r\nhello"),
+        (405, POST + b"Content-Length: 00\r\n\r\n"),
+        (405, POST + b"Content-Length: %d\r\n\r\n" % len(PLAIN) + PLAIN),
+        (405, POST + b"Content-Length: 99999999999999999999999\r\n\r\n"),
+        (405, POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
+        (405, POST + b"Transfer-Encoding: gzip , Chunked\r\n\r\n"),
+        (405, POST + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n"),
+        (501, POST.replace(b"POST", b"BREW") + b"Content-Length: 5\r\n\r\nhello"),
+        (204, b"OPTIONS / HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\n\r\nhello"),
+        (400, POST + b"Content-Length: +5\r\n\r\n"),
+        (400, POST + b"Content-Length: -5\r\n\r\n"),
+        (400, POST + b"Content-Length: 5, 5\r\n\r\n"),
+        (400, POST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n"),
+        (400, POST + b"Content-Length: 5\r\ncontent-length: 6\r\n\r\n"),
+        (400, POST + b"Content-Length: 0x5\r\n\r\n"),
+        (400, POST + b"Content-Length: 5_0\r\n\r\n"),
+        (400, POST + b"Content-Length: 5 0\r\n\r\n"),
+        (400, POST + b"Content-Length: five\r\n\r\n"),
+        (400, POST + b"Content-Length:\r\n\r\n"),
+        (400, POST + b"Content-Length: \xb2\r\n\r\n"),
+        (400, POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"),
+        (400, POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n"),
+        (400, POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"),
+        (400, POST + b"Transfer-Encoding: chunked, gzip\r\n\r\n"),
+        (400, POST + b"Transfer-Encoding: xchunked\r\n\r\n"),
+        (400, POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n"),
+        (400, POST + b"Transfer-Encoding: chunked;x\r\n\r\n"),
+        (400, b"BREW / HTTP/1.1\r\n" + HOST + b"Content-Length: x\r\n\r\n"),
+        # expectations
+        (417, LINE + HOST + b"Expect: 200-ok\r\n\r\n"),
+        (417, LINE + HOST + b"Expect:\r\n\r\n"),
+        (417, LINE + HOST + b"Expect: 100-continue, more\r\n\r\n"),
+        (417, LINE + HOST + b"Expect: 100-continue\r\nExpect: more\r\n\r\n"),
+        (417, POST + b"Expect: x\r\n\r\n"),
+        # lengths
+        (414, b"GET /" + b"x" * (kv.LINE_BYTES - 13) + b" HTTP/1.1\r\n" + HOST + b"\r\n"),
+        (414, b"\r\nGET /" + b"x" * kv.LINE_BYTES),
+        (414, b"x" * (kv.LINE_BYTES + 1)),
+        (431, LINE + HOST + b"X: " + b"x" * (kv.HEAD_BYTES - len(PLAIN) - 4) + b"\r\n\r\n"),
+        (431, LINE + HOST + b"a:b\r\n" * 4000 + b"\r\n"),
+        (431, LINE + b"x" * kv.HEAD_BYTES),
+    )
+
+    def answers(self, pieces):
+        """Send the pieces on a new connection; return all answers up to its end, without Date."""
+        with self.server.connect() as client:
+            client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(ConnectionError):  # it may be closed before all is sent
+                for piece in pieces:
+                    client.send(piece)
+                client.socket.shutdown(socket.SHUT_WR)
+            return re.sub(b"Date: [^\r]*\r\n", b"", client.rest())
+
+    def test_what_keeps_the_connection(self):
+        with self.server.connect() as client:
+            for status, head in self.KEPT:
+                with self.subTest(head[:150]):
+                    client.send(head)
+                    answer = client.answer(head.lstrip().split(b" ")[0].decode())
+                    self.assertEqual(answer[0], status, answer)
+                    self.assertNotIn("connection", answer[1])
+
+    def test_what_closes_the_connection(self):
+        """A right request behind it gets nothing, and the answer says that it is the last."""
+        for status, head in self.CLOSED:
+            with self.subTest(head[:150]):
+                answers = self.answers([head + self.PLAIN])
+                self.assertEqual(len(re.findall(br"HTTP/1\.1 \d", answers)), 1, answers)
+                self.assertRegex(answers, b"^HTTP/1.1 %d " % status)
+                self.assertIn(b"\r\nConnection: close\r\n", answers)
+                if status >= 400:
+                    self.assertRegex(answers, br"\r\n\r\n[ -~]+\n\Z")
+
+    def test_the_same_however_the_bytes_come(self):
+        """Split at every byte, and byte by byte: on one connection for those that keep it."""
+        for kept, table in ((True, self.KEPT), (False, self.CLOSED)):
+            for status, head in table:
+                if len(head) > 400:  # those are split at their limits
+                    cuts = [n for limit in (kv.LINE_BYTES, kv.HEAD_BYTES, len(head))
+                            for n in range(limit - 3, limit + 3) if 0 < n < len(head)]
+                    ways = [[head[:n], head[n:]] for n in cuts]
+                else:
+                    ways = [[head[:n], head[n:]] for n in range(1, len(head), 1 if kept else 3)]
+                    ways.append([head[n:n + 1] for n in range(len(head))])
+                with self.subTest(head[:150]):
+                    whole = self.answers([head])
+                    self.assertTrue(whole)
+                    if kept:
+                        pieces = [piece for way in ways for piece in way]
+                        self.assertEqual(self.answers(pieces), whole * len(ways))
+                    else:
+                        for way in ways:
+                            self.assertEqual(self.answers(way), whole)
+
+    def test_a_bad_request_between_good_ones(self):
+        for status, head in self.CLOSED:
+            if status >= 400 and not head.startswith(b"\r\n"):
+                with self.subTest(head[:150]):
+                    answers = self.answers([self.PLAIN * 2 + head + self.PLAIN])
+                    self.assertEqual(re.findall(br"HTTP/1\.1 (\d+)", answers),
+                                     [b"200", b"200", b"%d" % status])
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        with open(EXAMPLE, "rb") as file:
+            lines = [line.rstrip(b"\n").partition(b" ") for line in file][:500]
+        heads = [self.PLAIN.replace(KEY, k) if n % 3 else  # every third takes the general way
+                 b"\r\n" + self.PLAIN.replace(KEY, k) for n, (k, _, _) in enumerate(lines)]
+        with self.server.connect() as client:
+            for pieces in ([b"".join(heads)], [b"".join(heads)[n:n + 1000] for n in range(0, 70000, 1000)]):
+                thread = threading.Thread(target=lambda: [client.send(piece) for piece in pieces])
+                thread.start()
+                for _, _, value in lines:
+                    self.assertEqual(client.answer()[::2], (200, value))
+                thread.join()
+
+    def test_both_ways_answer_the_same(self):
+        for target in (KEY, KEY.upper(), ABSENT):
+            for fields in (b"", b"Connection: close\r\n", b"Connection: keep-alive\r\n",
+                           b"Accept: */*\r\nUser-Agent: x\r\n"):
+                for host in (b"Host: kv\r\n", b"HOST:[::1]:1\r\n", b"host:\tkv:8000 \r\n"):
+                    line = self.LINE.replace(KEY, target)
+                    for head in (line + host + fields + b"\r\n", line + fields + host + b"\r\n"):
+                        general = head[:-2] + b"Content-Length: 0\r\n\r\n"
+                        self.assertTrue(kv.plain_head(head), head)
+                        self.assertFalse(kv.plain_head(general), general)
+                        with self.subTest(head):
+                            self.assertEqual(self.answers([head]), self.answers([general]))
+
+    def test_the_plain_way_takes_nothing_that_the_rules_refuse(self):
+        for status, head in self.KEPT + self.CLOSED:
+            plain = kv.plain_head(head[:kv.RECEIVE_BYTES])
+            if plain:
+                self.assertIn(status, (200, 404), head)
+                self.assertEqual(plain.end(), len(head))
+
+    def test_a_head_has_no_body(self):
+        for status, head in self.KEPT + self.CLOSED:
+            if head.startswith(b"GET ") and len(head) < 400:
+                with self.subTest(head):
+                    got, with_body = self.answers([b"HEAD" + head[3:]]), self.answers([head])
+                    size = int(re.search(br"Content-Length: (\d+)", with_body).group(1))
+                    self.assertEqual(got, with_body[:-size])
+
+    def test_the_answer_arrives_although_the_client_still_sends(self):
+        for head in (self.POST + b"Content-Length: 50000000\r\n\r\n", self.LINE + b"bad\r\n\r\n",
+                     b"x" * 20000):
+            with self.subTest(head[:100]), self.server.connect() as client:
+                client.send(head)
+                client.send(b"x" * 200000)  # in flight while the answer comes
+                status, fields, body = client.answer()
+                self.assertIn(status, (400, 405, 414))
+                self.assertEqual(fields["connection"], "close")
+                self.assertEqual(client.rest(), b"")  # the end, and no reset
+
+    def test_mutated_heads(self):
+        """Each is answered or closed, nothing but whole answers comes, and the server goes on."""
+        chance = random.Random(9112)
+        heads = [head for _, head in self.KEPT + self.CLOSED if len(head) < 400]
+        statuses = set()
+        for _ in range(3000):
+            head = bytearray(chance.choice(heads))
+            for _ in range(chance.choice((1, 1, 1, 2, 5))):
+                where = chance.randrange(len(head))
+                what = chance.choice((b"\r", b"\n", b"\r\n", b" ", b"\t", b":", b"\0", b",", b"0", b"/",
+                                      bytes([chance.randrange(256)]), b"Host: x\r\n", b"\xff" * 9))
+                head[where:where + chance.choice((0, 1, 1, 4))] = what
+            rest = self.answers([bytes(head)])
+            while rest:
+                answer = re.match(br"HTTP/1\.1 (\d{3}) [A-Z][ -~]*\r\n(?:[A-Z][A-Za-z-]*: [ -~]+\r\n)+\r\n",
+                                  rest)
+                self.assertTrue(answer, (bytes(head), rest))
+                size = re.search(br"Content-Length: (\d+)", answer.group())
+                statuses.add(answer.group(1))
+                if not head.lstrip().startswith(b"HEAD ") and size:
+                    self.assertGreaterEqual(len(rest) - answer.end(), int(size.group(1)))
+                    rest = rest[answer.end() + int(size.group(1)):]
+                else:
+                    rest = rest[answer.end():]
+        self.assertLessEqual({b"200", b"204", b"400", b"404", b"405", b"417", b"501", b"505"}, statuses)
+        with self.server.connect() as client:
+            self.assertEqual(client.ask(KEY)[2], VALUE)
+        self.assertEqual(self.server.log.count(b"\n"), 1, self.server.log)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "needs /proc")
+    def test_threads_are_used_again(self):
+        def threads():
+            with open("/proc/%d/status" % self.server.process.pid) as file:
+                return int(re.search(r"Threads:\s+(\d+)", file.read()).group(1))
+
+        with Serving(EXAMPLE) as self.server:
+            for _ in range(300):
+                self.assertIn(VALUE, self.answers([self.PLAIN]))
+            self.assertLess(threads(), 10)
 
 
 if __name__ == "__main__":
