@@ -34,30 +34,29 @@ PIECE_BYTES = 1 << 16     # of the data file, read and parsed at a time: no more
 BAD_LINES_SHOWN = 10      # of a refused file; the others are counted
 PROGRESS_SECONDS = 1      # that a load takes before a terminal shows how far it is
 LISTEN_QUEUE = 1000       # connections that the system keeps until they are accepted
-RECEIVE_BYTES = 1 << 13   # taken from a connection at a time
+RECEIVE_BYTES = 1 << 13   # taken from a connection at a time; a plain head has to fit in
 LINE_BYTES = 8000         # of a request line, without its CRLF
 HEAD_BYTES = 16000        # of a head, with its empty line
 DRAIN_SECONDS = 2         # read on for, so that a client that still sends gets its answer
 POLL_SECONDS = 0.5        # between two looks at the clock
 
 
-def log(text):
-    """Write a line to standard error; that nobody reads it any more must not stop a server."""
+def log(text, form="kv: %s\n"):
+    """Write `text` to standard error, on a terminal in place of the progress of a load."""
     text = "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in text)
     try:
-        wipe = "\r\x1b[K" if sys.stderr.isatty() else ""  # what the progress of a load left there
-        sys.stderr.write("%skv: %s\n" % (wipe, text))
+        sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + form % text)
         sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # nobody reads it any more: no reason to stop
         pass
 
 
 # From a line to a pair
 
 KEY = br"x{8}-x{4}-4x{3}-[89ab]x{3}-x{12}".replace(b"x", b"[0-9a-f]")   # RFC 9562 section 5.4
-ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")           # of UTF-8 and UTF-16
 is_key = re.compile(KEY).fullmatch
 all_pairs = re.compile(b"^(" + KEY + b") (.*)\n", re.MULTILINE).findall
+ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")                # of UTF-8 and UTF-16
 
 
 class BadData(ValueError):
@@ -87,12 +86,12 @@ def load(path, after_piece=lambda done, size, pairs: None):
     One findall takes all pairs of a piece; only where the counts do not match are its lines looked
     at singly. Calls `after_piece(bytes read, bytes in the file, pairs)`. Raises BadData.
     """
-    pairs, lines, done, bad, bad_lines = {}, 0, 0, [], 0
     name = "standard input" if path == "-" else path
+    pairs, lines, done, bad, bad_lines = {}, 0, 0, [], 0
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             before = os.fstat(file.fileno())
-            for piece in iter(lambda: file.read(PIECE_BYTES) + file.readline(), b""):
+            for piece in iter(lambda: file.read1(PIECE_BYTES) + file.readline(), b""):
                 done += len(piece)
                 if not piece.endswith(b"\n"):  # the end of the file
                     piece += b"\n"
@@ -122,15 +121,14 @@ def load(path, after_piece=lambda done, size, pairs: None):
 
 # From a head to a look-up: the grammar of RFC 9112, in expressions
 
-TOKEN = br"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                            # RFC 9110 section 5.6.2
-FIELD = TOKEN + br":[\t -~\x80-\xff]*\r\n"                         # RFC 9112 section 5
-BYTE = br"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"         # RFC 3986 section 3.2.2
+ANY_KEY = KEY.replace(b"a-f", b"a-fA-F").replace(b"ab]", b"abAB]")
+TOKEN = br"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                 # RFC 9110 section 5.6.2
+FIELD = TOKEN + br":[\t -~\x80-\xff]*\r\n"                              # RFC 9112 section 5
+BYTE = br"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"              # RFC 3986 section 3.2.2
 IPV6 = (br"(?:x:){6}(?:x:x|v)|(?!(?::*x\b){8}|(?::*x\b){7}\.)(?:x(?::x)*)?::(?:(?:x:)*(?:x|v))?"
         .replace(b"x", b"[0-9A-Fa-f]{1,4}").replace(b"v", br"\.".join([BYTE] * 4)))
-NAME = br"(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"          # no comma: not a list
-HOST = br"(?:\[(?:" + IPV6 + br")\]|" + NAME + b")(?::[0-9]{0,5})?"
-ANY_KEY = KEY.replace(b"a-f", b"a-fA-F").replace(b"ab]", b"abAB]")
-LINE = br"[^\n]*\n"
+HOST = (br"(?:\[(?:" + IPV6 + br")\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"
+        b"(?::[0-9]{0,5})?")
 SIZES = b"Content-Length|Transfer-Encoding"
 
 
@@ -140,8 +138,9 @@ def fields(names, but=b"(?!)"):
 
 
 def one(field, names, times=b""):
-    """Return an expression: the fields of a head, just one, `field`, with one of `names`."""
-    return fields(names) + b"(?:(?i:" + field + br")[\t ]*\r\n)" + times + fields(names) + br"\r\n"
+    """Return an expression: all fields of a head, just one, `field`, with one of `names`."""
+    return (fields(names) + b"(?:(?i:" + field + br")[\t ]*\r\n" + fields(names) + b")" + times
+            + br"\r\n")
 
 
 # The plain head: GET of a key, and no field that changes what that means.
@@ -149,13 +148,14 @@ PLAIN = fields(b"Host|Connection|Expect|" + SIZES, br"Connection:[\t ]*(?:keep-a
 plain_head = re.compile(b"GET /(" + ANY_KEY + br") HTTP/1\.1\r\n" + PLAIN + br"(?i:Host):[\t ]*"
                         + HOST + br"[\t ]*\r\n" + PLAIN + br"\r\n").match
 
-# What any other head matches, or else the status and text of its answer. Sections are RFC 9112's.
+# What any other head matches, or the status and text of its answer. Sections are those of RFC 9112.
+LINE = br"[^\n]*\n"
 BEGINNING = (  # as far as HEAD_BYTES + 1
     (br"(?!(?:\r\n)?[^\r\n]{%d})" % (LINE_BYTES + 1),
      414, b"the request line is over %d bytes\n" % LINE_BYTES),
     (br"[^\r\n]*(?:\r\n[^\r\n]*)*\r?\Z", 400, b"a CR or LF on its own\n"),          # section 2.2
     (br"(?s).{0,%d}\Z" % HEAD_BYTES, 431, b"the head is over %d bytes\n" % HEAD_BYTES))
-WHOLE = (      # and then the connection is closed
+WHOLE = (      # where it does not match this, the connection is closed
     (TOKEN + br" [!-~]+ HTTP/[0-9]\.[0-9]\r\n",                                     # section 3
      400, b"the request line is not METHOD TARGET HTTP/1.1 with one space between\n"),
     (LINE + b"(?:" + FIELD + br")*\r\n", 400, b"a line is not NAME: VALUE\n"),      # section 5
@@ -169,14 +169,14 @@ WHOLE = (      # and then the connection is closed
      400, b"not exactly one Content-Length or Transfer-Encoding that says where the body ends\n"),
     (b"(?!GET |HEAD )|" + LINE + one(br"Content-Length:[\t ]*0", SIZES, b"?"),
      400, b"a GET or HEAD with a body\n"),
-    (LINE + fields(b"Expect", br"Expect:[\t ]*100-continue") + br"\r\n",
-     417, b"nothing but 100-continue can be expected\n"))                           # RFC 9110, 10.1.1
-SERVED = (     # and then the connection is kept, unless the head is its last
+    (LINE + fields(b"Expect", br"Expect:[\t ]*100-continue") + br"\r\n",            # RFC 9110 10.1.1
+     417, b"nothing but 100-continue can be expected\n"))
+SERVED = (     # where it does not match this, the connection is kept if it would be
     (b"(?!OPTIONS )", 204, b""),
     (b"(?!(?:POST|PUT|DELETE|CONNECT|TRACE|PATCH) )",
      405, b"only GET, HEAD and OPTIONS are answered\n"),
     (b"GET |HEAD ", 501, b"HTTP has no such method\n"),
-    (b"[A-Z]+ (?:(?i:http)://[^/?]*)?/?(?:(?<=/)" + ANY_KEY + b")? ",
+    (b"[A-Z]+ (?:(?i:http)://[^/?]*)?(?:/(" + ANY_KEY + b")|/?) ",
      400, b"what stands after the / is no version 4 UUID\n"))
 is_last = re.compile(                                                               # section 9.3
     br"(?im)\A.*0\r$|^Transfer-Encoding:|^Content-Length:[\t ]*(?![\t ]|0[\t ]*\r$)"
@@ -185,9 +185,7 @@ is_last = re.compile(                                                           
 
 # From a look-up to an answer
 
-STATUS = {s.value: ("HTTP/1.1 %d %s\r\n%s" % (
-    s, s.phrase, "Allow: GET, HEAD, OPTIONS\r\n" if s in (204, 405) else "")).encode()
-    for s in http.HTTPStatus}
+STATUS = {s.value: b"HTTP/1.1 %d %b\r\n" % (s, s.phrase.encode()) for s in http.HTTPStatus}
 CONTENT = (b"Content-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: nosniff\r\n"
            b"Content-Length: %d\r\n")
 
@@ -199,9 +197,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     tables see to all others, and both ways give the same answers.
     """
 
-    disable_nagle_algorithm = True
-    rbufsize = 0      # http.server's own reader has nothing to do
-    received = b""    # what came after `head`
+    head = received = b""  # `received` is what came after `head`
+
+    def setup(self):
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
     def handle_one_request(self):
         """Answer the next head; `close_connection` then says whether it was the last one."""
@@ -214,17 +213,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if self.read_head() and self.matches(WHOLE):
             self.close_connection = bool(is_last(self.head))
-            if self.matches(SERVED):
-                key = self.head.split(b" ", 2)[1][-36:]
-                if is_key(key.lower()):
-                    self.answer_key(key)
-                else:
-                    self.answer(200, self.server.summary)
+            served = self.matches(SERVED)
+            if served and served.group(1):
+                self.answer_key(served.group(1))
+            elif served:
+                self.answer(200, self.server.summary)
 
     def read_head(self):
         """Move the next head from `received` to `head`; return whether it is there whole.
 
-        It is refused at the first byte that makes it wrong: the same answer however bytes come.
+        What breaks BEGINNING is refused at once, so the answer is the same however bytes come.
         """
         while True:
             head, end, rest = self.received.partition(b"\r\n\r\n")
@@ -243,12 +241,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def matches(self, table):
-        """Return whether `head` matches all of the table; if not, it has been answered."""
+        """Return the last match of `head` with the table; None if one failed and was answered."""
         for expression, status, text in table:
-            if not re.match(expression, self.head):
-                self.answer(status, text)
-                return False
-        return True
+            match = re.match(expression, self.head)
+            if not match:
+                return self.answer(status, text)
+        return match
 
     def answer_key(self, key):
         """Answer with the value of `key` (bytes, in either case)."""
@@ -266,12 +264,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection or self.server.stopping:
             self.close_connection = True
             fields += b"Connection: close\r\n"
+        if status in (204, 405):
+            fields += b"Allow: GET, HEAD, OPTIONS\r\n"
         if status != 204:  # RFC 9110 section 8.6
             fields += CONTENT % len(body)
-        if self.server.verbose:
-            self.log_request(status, len(body))
         if self.head.startswith(b"HEAD "):
             body = b""
+        if self.server.verbose:
+            self.log_request(status, len(body))
         self.request.sendall(b"%b%b\r\n%b" % (STATUS[status], fields, body))
 
     def log_request(self, code="-", size="-"):
@@ -279,7 +279,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         line = self.head.partition(b"\r\n")[0].decode("latin-1").encode("unicode_escape").decode()
         log('%s - - [%s] "%s" %s %s' % (
             self.client_address[0], time.strftime("%d/%b/%Y:%H:%M:%S %z"),
-            line.replace('"', r'\"'), code, size))
+            line.replace('"', r'\"'), code, size), "%s\n")
 
     def finish(self):
         """Read on for a moment where more may come, or the close would take the answer with it."""
@@ -309,8 +309,15 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:  # let `::` take both families
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
         self.server_bind()
+        # taken is taken, though until it listens Linux would let another program bind to it too
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
         self.url = "http://%s:%d" % (
             "[%s]" % host if ":" in host else host, self.server_address[1])
+
+    def server_activate(self):
+        """Listen. Connections inherit the option, and a restart must not wait for their ends."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, self.allow_reuse_address)
+        super().server_activate()
 
     def use(self, pairs, name):
         """Answer from `pairs`, anything with `get`, that come from the file called `name` (str)."""
@@ -346,24 +353,13 @@ class Server(http.server.ThreadingHTTPServer):
             log("fault in answering %s: %r" % (client_address[0], error))
 
 
-def pin_to_one_processor(port):
-    """Keep this process on one processor, where threads cannot run Python on several anyway.
-
-    Threads that wake on other processors only fight for the GIL. Instances on neighbouring ports
-    take different ones.
-    """
-    if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-        processors = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, [processors[port % len(processors)]])
-
-
 def serve(file, host, port, verbose):
     """Load `file` and answer from it until SIGTERM or Ctrl-C. Returns the exit code."""
     def show(done, size, pairs):
         seconds = time.monotonic() - start
-        if seconds > PROGRESS_SECONDS and done % (1 << 20) < PIECE_BYTES and sys.stderr.isatty():
-            sys.stderr.write("\r%s %% read, %d pairs, %d a second " % (
-                done * 100 // size if size else "?", len(pairs), len(pairs) / seconds))
+        if seconds > PROGRESS_SECONDS and sys.stderr and sys.stderr.isatty():
+            log("%s %% read, %d pairs, %d a second" % (
+                done * 100 // size if size else "?", len(pairs), len(pairs) / seconds), "%s ")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start, name = time.monotonic(), "standard input" if file == "-" else file
@@ -372,7 +368,10 @@ def serve(file, host, port, verbose):
         server.use(load(file, show), name)
         server.service_actions()
         server.server_activate()
-        pin_to_one_processor(server.server_address[1])
+        if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
+            # threads that wake on other processors only fight for the GIL
+            processors = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, [processors[server.server_address[1] % len(processors)]])
         log("%d pairs of %s in %.2f s, on %s" % (
             len(server.pairs), name, time.monotonic() - start, server.url))
         server.serve_forever(POLL_SECONDS)
@@ -392,44 +391,53 @@ def serve(file, host, port, verbose):
 def get(key, url=DEFAULT_URL, timeout=10):
     """Return the value (bytes) of `key` (str, as uuid.UUID takes it) from the server at `url`.
 
-    Raises ValueError for a key that is no version 4 UUID, KeyError for one the data does not have,
-    OSError or http.client.HTTPException if there is no answer, or none in `timeout` seconds.
+    `timeout` is how many seconds it may keep silent. Raises ValueError for a key that is no version
+    4 UUID, KeyError for one the data does not have, OSError or http.client.HTTPException for an
+    answer that does not come.
     """
-    key = uuid.UUID(key)
-    if key.version != 4:
-        raise ValueError("%s is no version 4 UUID" % key)
-    local = re.match(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:|/|$)", url)
-    opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if local else [])
+    if uuid.UUID(key).version != 4:
+        raise ValueError("not a version 4 UUID")
     try:
-        with opener.open("%s/%s" % (url.rstrip("/"), key), timeout=timeout) as answer:
+        request = urllib.request.Request("%s/%s" % (url.rstrip("/"), uuid.UUID(key)))
+        local = re.match(r"(localhost|127\.[0-9.]+|\[::1\])(:|$)", (request.host or "").lower())
+        opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if local else [])
+        with opener.open(request, timeout=timeout) as answer:
             return answer.read()
     except urllib.error.HTTPError as error:
         if error.code == 404:
-            raise KeyError(str(key))
+            raise KeyError(key)
         raise
+    except (ValueError, OverflowError) as error:
+        raise OSError(error)
 
 
 def print_values(keys, url, timeout):
     """Print the values of `keys` (str, "-" for those on standard input). Returns the exit code."""
     code = 0
-    for key in (line.strip() for key in keys for line in (
-            open(0, encoding="latin-1", closefd=False) if key == "-" else [key])):
-        try:
-            sys.stdout.buffer.write(get(key, url, timeout) + b"\n")
-            sys.stdout.buffer.flush()
-        except ValueError:
-            log("%s: no version 4 UUID" % key)
-            code = 2
-        except KeyError:
-            log("%s: not found" % key)
-            code = code or 1
-        except BrokenPipeError:  # of `| head`, which has what it wants
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            break
-        except (OSError, http.client.HTTPException) as error:
-            log("cannot ask %s: %s; run kv.py serve FILE there, or name another --url" % (
-                url, getattr(error, "reason", error)))
-            return 2
+    try:
+        for key in (line.strip() for key in keys for line in (
+                filter(str.strip, open(0, encoding="latin-1", closefd=False))
+                if key == "-" else [key])):
+            try:
+                value = get(key, url, timeout)
+            except KeyError:
+                log("%s: not found" % key)
+                code = code or 1
+            except ValueError as error:
+                log("%s: %s" % (key, error))
+                code = 2
+            except (OSError, http.client.HTTPException) as error:
+                log("cannot ask %s: %s (is kv.py serve running there? --url names another)" % (
+                    url, getattr(error, "reason", error)))
+                return 2
+            else:
+                sys.stdout.buffer.write(value + b"\n")
+                sys.stdout.buffer.flush()
+    except BrokenPipeError:  # of `| head`, which has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, OSError) as error:
+        log("standard input or output failed: %s" % error)
+        return 2
     return code
 
 
@@ -451,18 +459,11 @@ def between(low, high, kind=int):
     return number
 
 
-def http_url(text):
-    """An argparse type: a URL (str) that `get` can ask."""
-    if not text.startswith(("http://", "https://")):
-        raise argparse.ArgumentTypeError("%r does not start with http://" % text)
-    return text
-
-
 def main():
     """Run the command that `sys.argv` names. Returns the exit code."""
     parser = Parser(prog="kv.py", description="A read-only key-value server in one file.")
     parser.add_argument("--version", action="version", version="kv " + __version__)
-    commands = parser.add_subparsers(metavar="serve | get", dest="command", required=True)
+    commands = parser.add_subparsers(metavar="serve | get", required=True)
     command = commands.add_parser("serve", help="answer requests for the pairs in a file")
     command.set_defaults(run=serve)
     option = command.add_argument
@@ -476,14 +477,16 @@ def main():
     command = commands.add_parser("get", help="print the values of keys")
     command.set_defaults(run=print_values)
     option = command.add_argument
-    option("keys", metavar="KEY", nargs="+", help="what to ask for; - reads keys from standard input")
-    option("--url", type=http_url, default=DEFAULT_URL,
+    option("keys", metavar="KEY", nargs="+", help="a version 4 UUID; - reads them from standard input")
+    option("--url", default=DEFAULT_URL,
            help="where the server is, default $KV_URL or http://127.0.0.1:8000")
     option("--timeout", type=between(0.001, 1e6, float), default=10,
-           help="seconds to wait for an answer, default %(default)s")
+           help="seconds that the server may keep silent, default %(default)s")
     arguments = vars(parser.parse_args())
-    del arguments["command"]
-    return arguments.pop("run")(**arguments)
+    try:
+        return arguments.pop("run")(**arguments)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
