@@ -89,7 +89,7 @@ def load(path, after_piece=lambda done, size, pairs: None):
     name = "standard input" if path == "-" else path
     pairs, lines, done, bad, bad_lines = {}, 0, 0, [], 0
     try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+        with open(0 if path == "-" else path, "rb", PIECE_BYTES, closefd=path != "-") as file:
             before = os.fstat(file.fileno())
             for piece in iter(lambda: file.read1(PIECE_BYTES) + file.readline(), b""):
                 done += len(piece)

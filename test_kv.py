@@ -1,13 +1,18 @@
 """Tests of kv.py: they run it as a program and talk to it over real sockets.
 
     python -m unittest                  all tests
+    python test_kv.py bench [FILE]      the benchmark, with 1,000,000 made-up pairs if no FILE is given
 """
 import contextlib
+import itertools
 import os
+import platform
 import random
 import re
+import select
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -15,6 +20,7 @@ import tempfile
 import threading
 import time
 import unittest
+import uuid
 
 import kv
 
@@ -1139,5 +1145,225 @@ class StrictTest(unittest.TestCase):
             until(lambda: len(os.listdir(descriptors)) < 20)  # and descriptors given back
 
 
+# The benchmark
+
+APART = {"env": environment(PYTHONPATH=HERE), "start_new_session": True}  # out of reach of Ctrl-C
+ROUNDS, SECONDS = 5, 1  # how many, of which the median counts, and how long clients ask in each
+PLAIN = r'''
+import http.server, os, sys
+def load(path):
+    pairs = {}
+    with open(path, "rb") as file:
+        for line in file:
+            key, _, value = line.rstrip(b"\n").partition(b" ")
+            pairs[key] = value
+    return pairs
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        value = pairs[self.path[1:].encode()]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(value)))
+        self.end_headers()
+        self.wfile.write(value)
+    def log_message(self, *_):  # kv does not log requests either
+        pass
+if sys.argv[1] == "serve":
+    pairs = load(sys.argv[2])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket.listen(1000)  # its own 5 make some of many clients wait for a second
+    print("plain: on http://127.0.0.1:%d" % server.server_port, file=sys.stderr, flush=True)
+    sys.stderr = open(os.devnull, "w")  # it would tell of each client that Ctrl-C takes away
+    server.serve_forever()
+'''
+PLAIN_GET = r'''
+import sys, urllib.request
+url, key = sys.argv[1:]
+with urllib.request.urlopen(url + "/" + key) as answer:
+    sys.stdout.buffer.write(answer.read() + b"\n")
+'''
+TIMED = "\nimport sys, time; start = time.perf_counter(); pairs = load(sys.argv[2])" \
+        "\nprint(time.perf_counter() - start, len(pairs) - (b'' in pairs))"
+MEASURED = (  # name, what defines its load, what Python runs: before FILE, before URL KEY
+    ("kv", "from kv import load", command("serve", "--port", "0")[1:], command("get", "--url")[1:]),
+    ("plain", PLAIN, ["-c", PLAIN, "serve"], ["-c", PLAIN_GET]))  # the last: what others relate to
+FIGURES = (   # what `figures` yields, and whether more is better
+    ("loading: pairs a second", 1), ("loading: MB a second", 1), ("memory: bytes a pair", 0),
+    ("one connection *: p50 in us", 0), ("one connection *: p99 in us", 0),
+    ("a new connection each: p50 in us", 0), ("a new connection each: p99 in us", 0),
+    ("4 processes, 4 connections each *: answers a second", 1), ("get, as a process: ms", 0))
+
+
+def tell(text):
+    """Replace the progress line, where standard error is a terminal."""
+    sys.stderr.write("\r\x1b[K" + text if sys.stderr.isatty() else "")
+    sys.stderr.flush()
+
+
+def made_up(count):
+    """Yield the lines (bytes) of a data file, the same ones each time."""
+    chance = random.Random(4)
+    words = ["".join(chance.choices("aeioulnrst", k=n % 8 + 2)) for n in range(1000)]
+    for _ in range(count):
+        yield b"%s %s\n" % (str(uuid.UUID(int=chance.getrandbits(128), version=4)).encode(),
+                            " ".join(chance.choices(words, k=chance.randint(1, 10))).encode())
+
+
+def client(port, path, fields, connections):
+    """Ask for the lines of a file for SECONDS; print answers a second, p50 and p99 in us."""
+    with open(path, "rb") as file:
+        lines = list(file)
+    random.shuffle(lines)
+    lines = itertools.cycle(lines)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    idle, waiting, took, start = [None] * connections, {}, [], time.perf_counter()
+    while idle or waiting:
+        for link in idle:
+            line, since = next(lines).rstrip(b"\n"), time.perf_counter()
+            link = link or socket.create_connection(("127.0.0.1", port), PATIENCE)
+            link.sendall(b"GET /%b HTTP/1.1\r\nHost: kv\r\n%b\r\n" % (line[:36], fields))
+            waiting[link] = line[37:], since
+        idle = []
+        for link in select.select(list(waiting), [], [], PATIENCE)[0] or sys.exit("no answer"):
+            value, since = waiting.pop(link)
+            kept = receive(link, value)
+            took.append(time.perf_counter() - since)
+            idle.append(link if kept else link.close())
+        if time.perf_counter() > start + SECONDS:
+            idle = []
+    print(len(took) / (time.perf_counter() - start), statistics.median(took) * 1e6,
+          sorted(took)[len(took) * 99 // 100] * 1e6, flush=True)
+
+
+def receive(link, value):
+    """Receive the answer with `value`, or fail; return whether the connection stays open."""
+    answer, more = b"", True
+    while more:
+        more = link.recv(1 << 16)
+        answer += more
+        head, end, body = answer.partition(b"\r\n\r\n")
+        right = (head[8:13] == b" 200 "
+                 and b"\r\nContent-Length: %d\r\n" % len(value) in head + b"\r\n")
+        if end and (not right or len(body) >= len(value)):
+            break
+    if not right or body != value:
+        sys.exit("wrong: %r where %r was to come" % (answer, value))
+    return head.startswith(b"HTTP/1.1") and b"\r\nConnection: close" not in head
+
+
+def python(*arguments):
+    """Run Python to its end; return what it printed."""
+    return subprocess.run((sys.executable,) + arguments, stdout=subprocess.PIPE, check=True,
+                          **APART).stdout
+
+
+def clients(server, sample, fields=b"", processes=1, connections=1):
+    """Run clients, which all start to ask at the same time; return what they print, summed up."""
+    asking = "import test_kv; test_kv.client(%d, %r, %r, %d)" % (
+        server.port, sample, fields, connections)
+    with contextlib.ExitStack() as stack:
+        running = []
+        for _ in range(processes):
+            running.append(stack.enter_context(subprocess.Popen(
+                [sys.executable, "-c", asking], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                **APART)))
+            stack.callback(running[-1].kill)
+        for process in running:
+            process.stdout.readline()
+        for process in running:
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+        printed = [process.communicate()[0].split() for process in running]
+        if any(process.returncode for process in running):
+            raise AssertionError("a client of %s failed" % server.row[0])
+        return [sum(map(float, column)) for column in zip(*printed)]
+
+
+def resident(server):
+    """Return the bytes of memory that a server holds, 0 where the system does not say."""
+    if not os.path.exists("/proc/self/status"):
+        return 0
+    with open("/proc/%d/status" % server.process.pid) as file:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", file.read()).group(1)) * 1024
+
+
+def figures(server, path, count, sample, line):
+    """Yield the FIGURES of one round one by one, so that the servers take turns."""
+    name, definition, _, get = server.row
+    tell("loading: " + name)
+    seconds, loaded = map(float, python("-c", definition + TIMED, "load", path).split())
+    if loaded != count:
+        raise AssertionError("%s loaded %d pairs of %d" % (name, loaded, count))
+    yield count / seconds
+    yield os.path.getsize(path) / 1e6 / seconds
+    yield server.memory / count
+    for fields in (b"", b"Connection: close\r\n"):
+        tell("one request after the other: " + name)
+        _, median, high = clients(server, sample, fields)
+        yield median
+        yield high
+    tell("many requests at once: " + name)
+    yield clients(server, sample, processes=4, connections=4)[0]
+    tell("get: " + name)
+    start = time.perf_counter()
+    printed = python(*get + [server.url, line[:36].decode()])
+    seconds = time.perf_counter() - start
+    if printed != line[37:]:
+        raise AssertionError("%s got %r, not %r" % (name, printed, line[37:]))
+    yield seconds * 1e3
+
+
+def bench(path=None):
+    """Print the FIGURES of all MEASURED with the data file at `path`, or one that is made up."""
+    for name in {"SIGTERM", "SIGHUP"}.intersection(dir(signal)):
+        signal.signal(getattr(signal, name), signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        stack.callback(tell, "")
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        made, sample, one = (os.path.join(folder, name) for name in ("data", "sample", "one"))
+        if not path:
+            tell("making up data")
+            with open(made, "wb") as file:
+                file.writelines(made_up(1000000))
+        path = os.path.abspath(path or made)
+        with open(path, "rb") as file:
+            lines = [line.rstrip(b"\n") + b"\n" for line in file if line != b"\n"]
+        count, some = len(lines), random.sample(lines, min(1000, len(lines)))
+        del lines
+        for name, part in ((sample, some), (one, some[:1])):
+            with open(name, "wb") as file:
+                file.writelines(part)
+        servers = []
+        for row in MEASURED:
+            tell("starting: " + row[0])
+            python("-c", row[1] + TIMED, "load", path)  # fails if there is a fault in the file
+            serve = [sys.executable] + row[2]
+            with Serving(command=serve + [one], start_new_session=True) as server:
+                empty = resident(server)  # the same program, with no data to speak of
+            server = stack.enter_context(Serving(command=serve + [path], start_new_session=True))
+            server.row, server.memory = row, resident(server) - empty if empty else 0
+            servers.append(server)
+        rounds = [list(zip(*(figures(server, path, count, sample, some[0])
+                             for server in servers))) for _ in range(ROUNDS)]
+        tell("")
+        print("%s processors, %s %s, %s; %d pairs, %.1f MB; medians of %d rounds" % (
+            os.cpu_count(), platform.python_implementation(), platform.python_version(),
+            platform.platform(), count, os.path.getsize(path) / 1e6, ROUNDS))
+        print("%-52s" % "" + "".join("%12s" % row[0] for row in MEASURED) + "  better by")
+        for number, (title, more) in enumerate(FIGURES):
+            *values, plain = [statistics.median(v) for v in zip(*(r[number] for r in rounds))]
+            if plain:
+                print("%-52s" % title + "".join("{:12,.0f}".format(v) for v in values + [plain])
+                      + "".join("%9.1f x" % (v / plain if more else plain / v) for v in values))
+        print("* plain speaks HTTP/1.0 and closes: a new connection for each request")
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["bench"]:
+        try:
+            bench(*sys.argv[2:3])
+        except KeyboardInterrupt:
+            sys.exit("stopped")
+    else:
+        unittest.main()
