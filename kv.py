@@ -23,7 +23,6 @@ import socket
 import socketserver
 import threading
 import time
-import urllib.error
 import urllib.request
 import uuid
 
@@ -56,7 +55,6 @@ def log(text, form="kv: %s\n"):
 KEY = br"x{8}-x{4}-4x{3}-[89ab]x{3}-x{12}".replace(b"x", b"[0-9a-f]")   # RFC 9562 section 5.4
 is_key = re.compile(KEY).fullmatch
 all_pairs = re.compile(b"^(" + KEY + b") (.*)\n", re.MULTILINE).findall
-ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")                # of UTF-8 and UTF-16
 
 
 class BadData(ValueError):
@@ -64,13 +62,11 @@ class BadData(ValueError):
 
 
 def take_lines(lines, first, pairs):
-    """Add the good ones of `lines` (bytes), numbered from `first`, to `pairs` (dict).
-
-    Yields a str for each bad one: its number, what is wrong and how it begins.
-    """
+    """Add the good ones of `lines` (bytes) to `pairs`; yield "NUMBER: what is wrong" of the bad."""
     for number, line in enumerate(lines, first):
         key = line[:36].lower()
-        wrong = ("a byte order mark, where a key should begin" if line.startswith(ORDER_MARKS)
+        wrong = ("a byte order mark, where a key should begin"
+                 if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"))
                  else "no version 4 UUID at the start of the line" if not is_key(key)
                  else "no space after the key" if line[36:37] != b" "
                  else "the key already stood on another line" if key in pairs else None)
@@ -122,13 +118,13 @@ def load(path, after_piece=lambda done, size, pairs: None):
 # From a head to a look-up: the grammar of RFC 9112, in expressions
 
 ANY_KEY = KEY.replace(b"a-f", b"a-fA-F").replace(b"ab]", b"abAB]")
-TOKEN = br"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                 # RFC 9110 section 5.6.2
-FIELD = TOKEN + br":[\t -~\x80-\xff]*\r\n"                              # RFC 9112 section 5
-BYTE = br"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"              # RFC 3986 section 3.2.2
+TOKEN = br"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                        # RFC 9110 section 5.6.2
+FIELD = TOKEN + br":[\t -~\x80-\xff]*\r\n"                     # RFC 9112 section 5
+BYTE = br"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"     # RFC 3986 section 3.2.2
 IPV6 = (br"(?:x:){6}(?:x:x|v)|(?!(?::*x\b){8}|(?::*x\b){7}\.)(?:x(?::x)*)?::(?:(?:x:)*(?:x|v))?"
         .replace(b"x", b"[0-9A-Fa-f]{1,4}").replace(b"v", br"\.".join([BYTE] * 4)))
-HOST = (br"(?:\[(?:" + IPV6 + br")\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"
-        b"(?::[0-9]{0,5})?")
+NAME = br"(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"      # without the comma: not a list
+HOST = br"(?:\[(?:" + IPV6 + br")\]|" + NAME + b")(?::[0-9]{0,5})?"
 SIZES = b"Content-Length|Transfer-Encoding"
 
 
@@ -138,9 +134,9 @@ def fields(names, but=b"(?!)"):
 
 
 def one(field, names, times=b""):
-    """Return an expression: all fields of a head, just one, `field`, with one of `names`."""
-    return (fields(names) + b"(?:(?i:" + field + br")[\t ]*\r\n" + fields(names) + b")" + times
-            + br"\r\n")
+    """Return an expression: a head in which just one field has one of `names`, and is `field`."""
+    return (br"[^\n]*\n" + fields(names) + b"(?:(?i:" + field + br")[\t ]*\r\n" + fields(names)
+            + b")" + times + br"\r\n")
 
 
 # The plain head: GET of a key, and no field that changes what that means.
@@ -148,37 +144,31 @@ PLAIN = fields(b"Host|Connection|Expect|" + SIZES, br"Connection:[\t ]*(?:keep-a
 plain_head = re.compile(b"GET /(" + ANY_KEY + br") HTTP/1\.1\r\n" + PLAIN + br"(?i:Host):[\t ]*"
                         + HOST + br"[\t ]*\r\n" + PLAIN + br"\r\n").match
 
-# What any other head matches, or the status and text of its answer. Sections are those of RFC 9112.
-LINE = br"[^\n]*\n"
-BEGINNING = (  # as far as HEAD_BYTES + 1
-    (br"(?!(?:\r\n)?[^\r\n]{%d})" % (LINE_BYTES + 1),
-     414, b"the request line is over %d bytes\n" % LINE_BYTES),
-    (br"[^\r\n]*(?:\r\n[^\r\n]*)*\r?\Z", 400, b"a CR or LF on its own\n"),          # section 2.2
-    (br"(?s).{0,%d}\Z" % HEAD_BYTES, 431, b"the head is over %d bytes\n" % HEAD_BYTES))
-WHOLE = (      # where it does not match this, the connection is closed
-    (TOKEN + br" [!-~]+ HTTP/[0-9]\.[0-9]\r\n",                                     # section 3
-     400, b"the request line is not METHOD TARGET HTTP/1.1 with one space between\n"),
-    (LINE + b"(?:" + FIELD + br")*\r\n", 400, b"a line is not NAME: VALUE\n"),      # section 5
-    (br"[^\n]*/1\.[01]\r\n", 505, b"the version is neither 1.1 nor 1.0\n"),         # section 2.3
-    (LINE + one(br"Host:[\t ]*" + HOST, b"Host") + br"|[^\n]*0\r\n" + fields(b"Host") + br"\r\n",
-     400, b"not exactly one Host that is a host or host:port\n"),                   # section 3.2
-    (b"[^ ]+ (?:/|(?i:http)://" + HOST + br"[/? ])|OPTIONS \* |CONNECT ",           # section 3.2
-     400, b"the target is neither /KEY nor http://HOST/KEY\n"),
-    (LINE + one(br"Content-Length:[\t ]*[0-9]+|Transfer-Encoding:[\t ]*(?:" + TOKEN
-                + br"[\t ]*,[\t ]*)*chunked", SIZES, b"?"),                         # section 6.3
-     400, b"not exactly one Content-Length or Transfer-Encoding that says where the body ends\n"),
-    (b"(?!GET |HEAD )|" + LINE + one(br"Content-Length:[\t ]*0", SIZES, b"?"),
-     400, b"a GET or HEAD with a body\n"),
-    (LINE + fields(b"Expect", br"Expect:[\t ]*100-continue") + br"\r\n",            # RFC 9110 10.1.1
-     417, b"nothing but 100-continue can be expected\n"))
+# What any other head matches, or else the status and text of its answer. Sections are RFC 9112's.
+BEGINNING = (  # of a head, as far as HEAD_BYTES + 1
+    (br"(?!(?:\r\n)?[^\r\n]{%d})" % (LINE_BYTES + 1), 414, b"a line over %d bytes" % LINE_BYTES),
+    (br"[^\r\n]*(?:\r\n[^\r\n]*)*\r?\Z", 400, b"a CR or LF on its own (section 2.2)"),
+    (br"(?s).{0,%d}\Z" % HEAD_BYTES, 431, b"a head over %d bytes" % HEAD_BYTES))
+WHOLE = (      # head; where it does not match this, the connection is closed
+    (TOKEN + br" [!-~]+ HTTP/[0-9]\.[0-9]\r\n", 400, b"not METHOD TARGET HTTP/1.1 (section 3)"),
+    (br"[^\n]*\n(?:" + FIELD + br")*\r\n", 400, b"a line that is not NAME: VALUE (section 5)"),
+    (br"[^\n]*/1\.[01]\r\n", 505, b"a version other than 1.1 and 1.0 (section 2.3)"),
+    (one(br"Host:[\t ]*" + HOST, b"Host") + br"|[^\n]*0\r\n" + fields(b"Host") + br"\r\n",
+     400, b"not exactly one Host with host or host:port (section 3.2)"),
+    (b"[^ ]+ (?:/|(?i:http)://" + HOST + br"[/? ])|OPTIONS \* |CONNECT ",
+     400, b"a target that is neither /KEY nor http://HOST/KEY (section 3.2)"),
+    (one(br"Content-Length:[\t ]*[0-9]+|Transfer-Encoding:[\t ]*(?:" + TOKEN
+         + br"[\t ]*,[\t ]*)*chunked", SIZES, b"?"), 400, b"a body of unknown size (section 6.3)"),
+    (b"(?!GET |HEAD )|" + one(br"Content-Length:[\t ]*0", SIZES, b"?"),
+     400, b"a body, which GET and HEAD have not"),
+    (one(br"Expect:[\t ]*100-continue", b"Expect", b"?"), 417, b"expects not 100-continue"))
 SERVED = (     # where it does not match this, the connection is kept if it would be
     (b"(?!OPTIONS )", 204, b""),
-    (b"(?!(?:POST|PUT|DELETE|CONNECT|TRACE|PATCH) )",
-     405, b"only GET, HEAD and OPTIONS are answered\n"),
-    (b"GET |HEAD ", 501, b"HTTP has no such method\n"),
+    (b"(?!(?:POST|PUT|DELETE|CONNECT|TRACE|PATCH) )", 405, b"a method other than GET and HEAD"),
+    (b"GET |HEAD ", 501, b"a method that HTTP does not have"),
     (b"[A-Z]+ (?:(?i:http)://[^/?]*)?(?:/(" + ANY_KEY + b")|/?) ",
-     400, b"what stands after the / is no version 4 UUID\n"))
-is_last = re.compile(                                                               # section 9.3
+     400, b"a path that is not / and a version 4 UUID"))
+is_last = re.compile(                                          # sections 6.3 and 9.3
     br"(?im)\A.*0\r$|^Transfer-Encoding:|^Content-Length:[\t ]*(?![\t ]|0[\t ]*\r$)"
     br"|^Connection:(?:.*,)?[\t ]*close[\t ]*[,\r]").search
 
@@ -245,7 +235,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for expression, status, text in table:
             match = re.match(expression, self.head)
             if not match:
-                return self.answer(status, text)
+                return self.answer(status, text and text + b"\n")
         return match
 
     def answer_key(self, key):
@@ -309,15 +299,10 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:  # let `::` take both families
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
         self.server_bind()
-        # taken is taken, though until it listens Linux would let another program bind to it too
+        # Linux would let others bind to it as long as it does not listen
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
         self.url = "http://%s:%d" % (
             "[%s]" % host if ":" in host else host, self.server_address[1])
-
-    def server_activate(self):
-        """Listen. Connections inherit the option, and a restart must not wait for their ends."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, self.allow_reuse_address)
-        super().server_activate()
 
     def use(self, pairs, name):
         """Answer from `pairs`, anything with `get`, that come from the file called `name` (str)."""
@@ -367,6 +352,7 @@ def serve(file, host, port, verbose):
         server = Server(host, port, verbose)
         server.use(load(file, show), name)
         server.service_actions()
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, server.allow_reuse_address)
         server.server_activate()
         if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
             # threads that wake on other processors only fight for the GIL
@@ -403,12 +389,10 @@ def get(key, url=DEFAULT_URL, timeout=10):
         opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if local else [])
         with opener.open(request, timeout=timeout) as answer:
             return answer.read()
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
+    except (OSError, OverflowError, ValueError) as error:
+        if getattr(error, "code", None) == 404:
             raise KeyError(key)
-        raise
-    except (ValueError, OverflowError) as error:
-        raise OSError(error)
+        raise OSError(getattr(error, "reason", error))
 
 
 def print_values(keys, url, timeout):
@@ -427,8 +411,8 @@ def print_values(keys, url, timeout):
                 log("%s: %s" % (key, error))
                 code = 2
             except (OSError, http.client.HTTPException) as error:
-                log("cannot ask %s: %s (is kv.py serve running there? --url names another)" % (
-                    url, getattr(error, "reason", error)))
+                log("cannot ask %s: %s (is kv.py serve running there? --url names another)"
+                    % (url, error))
                 return 2
             else:
                 sys.stdout.buffer.write(value + b"\n")
@@ -444,19 +428,9 @@ def print_values(keys, url, timeout):
 # The command line
 
 class Parser(argparse.ArgumentParser):
-    """One that tells of wrong usage in one line."""
-
     def error(self, message):
-        self.exit(2, "kv: %s (%s --help says more)\n" % (message, self.prog))
-
-
-def between(low, high, kind=int):
-    """Return an argparse type: a number from `low` to `high`."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError("%s is not between %s and %s" % (text, low, high))
-        return kind(text)
-    return number
+        """Called for wrong usage: one line, without all the choices that there would be."""
+        self.exit(2, "kv: %s (%s --help says more)\n" % (message.partition(" (ch")[0], self.prog))
 
 
 def main():
@@ -471,7 +445,7 @@ def main():
            "version 4 UUID; - reads standard input")
     option("--host", default="127.0.0.1", help="the address to listen on: 0.0.0.0 is all of IPv4, "
            ":: all of IPv4 and IPv6, default %(default)s")
-    option("--port", type=between(0, 65535), default=8000,
+    option("--port", metavar="PORT", type=int, choices=range(1 << 16), default=8000,
            help="the port to listen on, 0 for a free one, default %(default)s")
     option("--verbose", action="store_true", help="log each request to standard error")
     command = commands.add_parser("get", help="print the values of keys")
@@ -480,7 +454,7 @@ def main():
     option("keys", metavar="KEY", nargs="+", help="a version 4 UUID; - reads them from standard input")
     option("--url", default=DEFAULT_URL,
            help="where the server is, default $KV_URL or http://127.0.0.1:8000")
-    option("--timeout", type=between(0.001, 1e6, float), default=10,
+    option("--timeout", type=float, default=10,
            help="seconds that the server may keep silent, default %(default)s")
     arguments = vars(parser.parse_args())
     try:

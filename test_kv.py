@@ -430,7 +430,7 @@ class CommandLineTest(unittest.TestCase):
                 ((KEY, "--url", "http://a..b"), 2, b"", r"kv: cannot ask http://a\.\.b: .*\n", {}),
                 ((KEY, "--url", "http://host:port"), 2, b"", "kv: cannot ask http://host:port: .*\n", {}),
                 ((KEY, "--url", "http://[::1"), 2, b"", r"kv: cannot ask http://\[::1: .*\n", {}),
-                ((KEY, "--timeout", "0"), 2, b"", "kv: argument --timeout: 0 is not between .*\n", {}),
+                ((KEY, "--timeout", "0"), 2, b"", "kv: cannot ask .*\n", {}),
                 ((KEY, "--timeout", "x"), 2, b"", "kv: argument --timeout: [^\n]*\n", {}),
                 ((), 2, b"", "kv: the following arguments are required: KEY [^\n]*\n", {})):
             with self.subTest(arguments=arguments, how=how):
@@ -500,7 +500,7 @@ class CommandLineTest(unittest.TestCase):
                 (("fetch",), 2, "kv: [^\n]*fetch[^\n]*\n"),
                 (("serve",), 2, "kv: [^\n]*FILE[^\n]*\n"),
                 (("serve", EXAMPLE, EXAMPLE), 2, "kv: unrecognized arguments: [^\n]*\n"),
-                (("serve", EXAMPLE, "--port", "65536"), 2, "kv: argument --port: 65536 is not [^\n]*\n"),
+                (("serve", EXAMPLE, "--port", "65536"), 2, r"kv: argument --port: invalid choice: 65536 \([^\n]*\n"),
                 (("serve", EXAMPLE, "--port", "-1"), 2, "kv: argument --port: [^\n]*\n"),
                 (("serve", EXAMPLE, "--port", "http"), 2, "kv: argument --port: [^\n]*\n"),
                 (("serve", EXAMPLE, "--port", taken), 1,
