@@ -27,11 +27,9 @@ import uuid
 
 __version__ = "1.0"
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
-
 PIECE_BYTES = 1 << 16     # of the data file, read and parsed at a time: no more than a cache holds
 RELOAD_BYTES = 1 << 14    # the same in a reload, beside which requests are answered
-RELOAD_KEYS = 500         # of the old data, forgotten at a time after a reload
-RELOAD_PAUSE = 0.002      # seconds between two of either
+RELOAD_PAUSE = 0.002      # seconds between two such pieces
 BAD_LINES_SHOWN = 10      # of a refused file; the others are counted
 PROGRESS_SECONDS = 1      # that a load takes before a terminal shows how far it is
 LISTEN_QUEUE = 1000       # connections that the system keeps until they are accepted
@@ -125,7 +123,8 @@ PLAIN = (br"(?:(?!(?i:Host|Connection|Expect|Content-Length|Transfer-Encoding):)
 plain_head = re.compile(b"GET /((?i:" + KEY + br")) HTTP/1\.1\r\n" + PLAIN + br"(?i:Host):[\t ]*"
                         + HOST + br"[\t ]*\r\n" + PLAIN + br"\r\n").match
 next_head = re.compile(br"(?s)(?:\r\n)?(.*?\r\n\r\n|.*)").match      # section 2.2
-request_line = re.compile(b"(" + TOKEN + br") ([!-~]+) HTTP/([0-9]\.[0-9])\r\n").match
+TARGET = br"(?:[!$&-;=?-Z\[\]_a-z~]|%[0-9A-Fa-f]{2})+"          # RFC 3986 appendix A
+request_line = re.compile(b"(%b) (%b) HTTP/([0-9]\\.[0-9])\r\n" % (TOKEN, TARGET)).match
 is_fields = re.compile(b"(?:" + FIELD + br")*\r\n").fullmatch
 is_chunked = re.compile(br"(?i)(?:(?!chunked[\t ,])" + TOKEN + br"[\t ]*,[\t ]*)*chunked").fullmatch
 path = re.compile(b"(?:(?i:http)://" + HOST + b"(?![^/?])|(?=/))/?(.*)").fullmatch
@@ -158,15 +157,14 @@ def rules(head):
            400, b"a target that is neither /KEY nor http://HOST/KEY (section 3.2)")
     yield (is_chunked(coding) and b"content-length" not in fields if coding is not None
            else size.isdigit(), 400, b"a body of unknown size (section 6.3)")
-    is_get = method in (b"GET", b"HEAD")
-    yield not (has_body and is_get), 400, b"a body, which GET and HEAD have not"
+    yield not has_body or method not in (b"GET", b"HEAD"), 400, b"a body on GET or HEAD"
     yield fields.get(b"expect") in (None, b"100-continue"), 417, b"expects not 100-continue"
     options = map(bytes.strip, re.split(b"[\n,]", fields.get(b"connection", b"")))
     last = has_body or version == b"1.0" or b"close" in options  # sections 6.3 and 9.3
     yield method != b"OPTIONS", 204, b"", last
     yield (method not in (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH"),
            405, b"a method other than GET and HEAD", last)
-    yield is_get, 501, b"a method that HTTP does not have", last
+    yield method in (b"GET", b"HEAD"), 501, b"a method that HTTP does not have", last
     key = path(target).group(1).lower()
     yield not key or is_key(key), 400, b"a path that is not / and a version 4 UUID", last
     yield False, 200, key, last
@@ -181,7 +179,7 @@ CONTENT = (b"Content-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """A connection: `request` is its socket, `head` what it asks, `received` what came after."""
-    head = received = b""
+    head, received, size = b"", b"", 0
 
     def setup(self):
         self.state = self.server.connections[self.request]
@@ -242,12 +240,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log('%s - - [%s] "%s" %d %d' % (
                 self.client_address[0], time.strftime("%d/%b/%Y:%H:%M:%S %z"),
                 line.decode().replace('"', r'\"'), status, len(body)), "%s\n")
+        self.size = len(body)
         self.allow(ANSWER_SECONDS + len(body) // ANSWER_BYTES, waits=False)
         self.request.sendall(b"%b%b\r\n%b" % (STATUS[status], fields, body))
 
     def finish(self):
         """Read on for a moment where more may come, or the close would take the answer with it."""
-        if not plain_head(self.head):
+        if self.received or self.size > RECEIVE_BYTES or not plain_head(self.head):
             self.request.shutdown(socket.SHUT_WR)
             self.allow(LAST_SECONDS)
             while self.request.recv(RECEIVE_BYTES):
@@ -294,7 +293,7 @@ class Server(http.server.ThreadingHTTPServer):
         log("%d pairs of %s, reloaded in %.2f s" % (
             len(self.pairs), name, time.monotonic() - start))
         while old:  # to forget millions at once would hold up all threads
-            for _ in range(min(len(old), RELOAD_KEYS)):
+            for _ in range(min(len(old), RELOAD_BYTES // 32)):
                 old.popitem()
             time.sleep(RELOAD_PAUSE)
 
@@ -432,6 +431,7 @@ def get(key, url=DEFAULT_URL, timeout=10):
             return answer.read()
     except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", None) == 404:
+            error.close()
             raise KeyError(key)
         raise OSError("cannot ask %s: %s (is kv.py serve running there? --url names another)" % (
             url, getattr(error, "reason", error)))
@@ -454,11 +454,11 @@ def print_values(keys, url, timeout):
             except ValueError as error:
                 log("%s: %s" % (key, error))
                 code = 2
-    except BrokenPipeError:  # of `| head`, which has what it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
-        log(str(error))
-        return 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what was not written goes in the end
+        if not isinstance(error, BrokenPipeError):  # `| head` has what it wants
+            log(str(error))
+            return 2
     return code
 
 

@@ -1,7 +1,7 @@
 """Tests of kv.py: they run it as a program and talk to it over real sockets.
 
     python -m unittest                  all tests
-    python test_kv.py bench [FILE]      the benchmark, with 1,000,000 made-up pairs if no FILE is given
+    python test_kv.py bench [FILE]      the benchmark, with 1,000,000 made-up pairs without FILE
 """
 import contextlib
 import itertools
@@ -44,7 +44,8 @@ def command(*arguments):
 
 def environment(**changed):
     """Return this process's environment without proxies and $KV_URL, but with what is given."""
-    kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k != "KV_URL"}
+    kept = {name: value for name, value in os.environ.items()
+            if not name.lower().endswith("_proxy") and name != "KV_URL"}
     return dict(kept, **changed)
 
 
@@ -647,7 +648,7 @@ class AnswerTest(unittest.TestCase):
         ("GET", KEY.replace(b"-4", b"-1"), 400, None),
         ("GET", KEY.replace(b"-8", b"-7"), 400, None),
         ("GET", KEY.replace(b"-", b""), 400, None),
-        ("GET", b"%" + KEY[1:], 400, None),
+        ("GET", b"%33" + KEY[1:], 400, None),
         ("POST", KEY, 405, None), ("PUT", KEY, 405, None), ("DELETE", KEY, 405, None),
         ("PATCH", KEY, 405, None), ("TRACE", KEY, 405, None), ("CONNECT", KEY, 405, None),
         ("POST", b"", 405, None),
@@ -837,6 +838,10 @@ class StrictTest(unittest.TestCase):
         (400, PLAIN.replace(b"/" + KEY, b"http://me@kv/" + KEY)),
         (400, PLAIN.replace(b"/" + KEY, b"http:/" + KEY)),
         (400, b"POST * HTTP/1.1\r\n" + HOST + b"\r\n"),
+        (400, PLAIN.replace(KEY, KEY + b"#x")),
+        (400, PLAIN.replace(KEY, b"%zz")),
+        (400, PLAIN.replace(KEY, b"<>")),
+        (400, POST.replace(KEY, b"#x") + b"\r\n"),
         # the version
         (505, PLAIN.replace(b"1.1", b"1.2")),
         (505, PLAIN.replace(b"1.1", b"2.0")),
@@ -942,12 +947,16 @@ class StrictTest(unittest.TestCase):
         (431, LINE + b"x" * kv.HEAD_BYTES),
     )
 
-    def answers(self, pieces):
-        """Send the pieces on a new connection; return all answers up to its end, without Date."""
+    def answers(self, pieces, pause=0):
+        """Send the pieces on a new connection; return all answers up to its end, without Date.
+
+        A `pause` between them, in seconds, makes it likely that they are received one by one.
+        """
         with self.server.connect() as client:
             client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(ConnectionError):  # it may be closed before all is sent
-                for piece in pieces:
+                for number, piece in enumerate(pieces):
+                    time.sleep(pause if number else 0)
                     client.send(piece)
                 client.socket.shutdown(socket.SHUT_WR)
             return re.sub(b"Date: [^\r]*\r\n", b"", client.rest())
@@ -973,7 +982,7 @@ class StrictTest(unittest.TestCase):
                     self.assertRegex(answers, br"\r\n\r\n[ -~]+\n\Z")
 
     def test_the_same_however_the_bytes_come(self):
-        """Split at every byte, and byte by byte: on one connection for those that keep it."""
+        """Split at every byte (every eighth, where that takes a connection each) and byte by byte."""
         for kept, table in ((True, self.KEPT), (False, self.CLOSED)):
             for status, head in table:
                 if len(head) > 400:  # those are split at their limits
@@ -981,11 +990,13 @@ class StrictTest(unittest.TestCase):
                             for n in range(limit - 3, limit + 3) if 0 < n < len(head)]
                     ways = [[head[:n], head[n:]] for n in cuts]
                 else:
-                    ways = [[head[:n], head[n:]] for n in range(1, len(head), 1 if kept else 3)]
+                    ways = [[head[:n], head[n:]] for n in range(1, len(head), 1 if kept else 8)]
                     ways.append([head[n:n + 1] for n in range(len(head))])
                 with self.subTest(head[:150]):
                     whole = self.answers([head])
                     self.assertTrue(whole)
+                    for n in (len(head) // 2, len(head) - 1):
+                        self.assertEqual(self.answers([head[:n], head[n:]], pause=0.003), whole)
                     if kept:
                         pieces = [piece for way in ways for piece in way]
                         self.assertEqual(self.answers(pieces), whole * len(ways))
@@ -1087,6 +1098,17 @@ class StrictTest(unittest.TestCase):
         with self.server.connect() as client:
             self.assertEqual(client.ask(KEY)[2], VALUE)
         self.assertEqual(self.server.log.count(b"\n"), 1, self.server.log)
+
+    def test_a_large_last_answer_arrives_whatever_is_sent_behind_its_request(self):
+        with data_file(KEY + b" " + b"x" * 8000000) as path, Serving(path) as server:
+            for fields in (b"Connection: close\r\n", b"Connection: close, x\r\n"):
+                for behind in (b"\r\n", self.PLAIN * 200):
+                    with self.subTest(fields + behind[:9]), server.connect() as client:
+                        client.send(self.LINE + self.HOST + fields + b"\r\n")
+                        client.receive()  # it is on its way
+                        client.send(behind)
+                        self.assertEqual(len(client.answer()[2]), 8000000)
+                        self.assertEqual(client.rest(), b"")
 
     def test_mutated_heads(self):
         """Each is answered or closed, nothing but whole answers comes, and the server goes on."""
@@ -1193,11 +1215,25 @@ class LimitsTest(unittest.TestCase):
                         time.sleep(0.1)
                     self.assertEqual(len(client.answer()[2]), 20000000)
 
+    def test_a_refused_client_that_stays_is_left_in_the_end(self):
+        with self.changed("kv.LAST_SECONDS = 0.5", EXAMPLE, "--max-connections", "1") as server:
+            with server.connect() as client, server.connect() as other:
+                client.send(b"bad\r\n\r\n")
+                self.assertEqual(client.answer()[0], 400)
+                self.assertEqual(other.ask(KEY)[2], VALUE)
+
+    def test_no_name_is_looked_up(self):
+        """HTTPServer asks for the name of its address, which may take long without a DNS server."""
+        with self.changed("import socket; del socket.getfqdn, socket.gethostbyaddr", EXAMPLE) as server:
+            with server.connect() as client:
+                self.assertEqual(client.ask(KEY)[2], VALUE)
+
     def test_newcomers_take_the_place_of_those_that_wait_longest(self):
         with Serving(EXAMPLE, "--max-connections", "3") as server, contextlib.ExitStack() as stack:
             first, second, third = (stack.enter_context(server.connect()) for _ in range(3))
             for client in (second, first, third):
                 self.assertEqual(client.ask(KEY)[2], VALUE)
+                time.sleep(0.2)  # far longer than the server takes from an answer to waiting again
             fourth = stack.enter_context(server.connect())
             self.assertEqual(fourth.ask(KEY)[2], VALUE)
             self.assertEqual(second.rest(), b"")
