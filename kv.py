@@ -131,9 +131,8 @@ path = re.compile(b"(?:(?i:http)://" + HOST + b"(?![^/?])|(?=/))/?(.*)").fullmat
 
 
 def rules(head):
-    """Yield for each rule whether `head` (bytes) keeps it, and status, text, end of what it gets.
-
-    With status 200 the text is a key; status 0 says that more of the head has to come.
+    """Yield of each rule whether `head` (bytes) keeps it, and if not the status, text and end of
+    its answer: the text of a 200 is a key, and status 0 asks for more of the head.
     """
     yield not re.match(br"[^\r\n]{%d}" % (LINE_BYTES + 1), head), 414, b"too long a line"
     yield (re.fullmatch(br"(?:[^\r\n]+(?:\r\n[^\r\n]*)*)?\r?", head[:HEAD_BYTES + 1]),
@@ -187,7 +186,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def allow(self, seconds, waits=True):
         """Have the server end the connection after that; `waits` is for the client to send."""
-        self.state[:] = time.monotonic() + seconds, time.monotonic() if waits else BUSY
+        now = time.monotonic()
+        self.state[0], self.state[1] = now + seconds, now if waits else BUSY
 
     def handle_one_request(self):
         """Answer the next head; `close_connection` then says whether it was the last one."""
@@ -241,7 +241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.client_address[0], time.strftime("%d/%b/%Y:%H:%M:%S %z"),
                 line.decode().replace('"', r'\"'), status, len(body)), "%s\n")
         self.size = len(body)
-        self.allow(ANSWER_SECONDS + len(body) // ANSWER_BYTES, waits=False)
+        self.allow(ANSWER_SECONDS + self.size // ANSWER_BYTES, False)
         self.request.sendall(b"%b%b\r\n%b" % (STATUS[status], fields, body))
 
     def finish(self):
