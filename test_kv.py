@@ -1159,7 +1159,7 @@ class LimitsTest(unittest.TestCase):
 
     def changed(self, statements, *arguments):
         """Return a server of kv.py with some of it changed first, such as a limit shortened."""
-        program = "import sys, kv; %s; sys.exit(kv.main())" % statements
+        program = "import sys, kv\n%s\nsys.exit(kv.main())" % statements
         return Serving(command=[sys.executable, "-c", program, "serve", "--port", "0"]
                        + list(arguments), cwd=HERE)
 
@@ -1289,9 +1289,11 @@ class LimitsTest(unittest.TestCase):
 
     def test_too_few_threads(self):
         """As when the system has no more of them: those there are serve all, one by one."""
-        few = ("start = kv.threading.Thread.start; "
-               "kv.threading.Thread.start = lambda t: start(t) if kv.threading.active_count() < 5 "
-               "else 1 / 0 if 0 else (_ for _ in ()).throw(RuntimeError('no more threads'))")
+        few = ("start = kv.threading.Thread.start\n"
+               "def start_few(thread):\n"
+               "    if kv.threading.active_count() >= 5: raise RuntimeError('no more threads')\n"
+               "    start(thread)\n"
+               "kv.threading.Thread.start = start_few\n")
         with self.changed(few, EXAMPLE) as server, contextlib.ExitStack() as stack:
             self.crowd(stack, server, 20)
             for _ in range(20):
