@@ -1559,18 +1559,20 @@ class ReloadTest(unittest.TestCase):
                 until(lambda: b"kv: standard input cannot be read again" in server.log)
                 self.assertEqual(client.ask(key(1))[2], b"value")
 
-    def test_a_burst_of_signals(self):
+    def test_many_signals_during_a_reload_are_one(self):
+        def again():
+            server.process.send_signal(signal.SIGHUP)
+            return client.ask(key(1))[2] == b"new 1"
+
         with data_file(b"") as path:
             self.write(path, b"old", 20000)
             with Serving(path) as server, server.connect() as client:
                 server.process.send_signal(signal.SIGHUP)
                 self.write(path, b"new", 20000)
-                for _ in range(20):
-                    server.process.send_signal(signal.SIGHUP)
-                until(lambda: client.ask(key(1))[2] == b"new 1")
+                until(again)  # a reload takes many times as long as a look does
                 self.assertEqual(server.stop(), 0)
                 server.reader.join()
-                self.assertLess(server.log.count(b", reloaded in "), 20)
+                self.assertLessEqual(server.log.count(b", reloaded in "), 3)
 
     def test_stop_under_load(self):
         """All that was read is answered whole; the last answer of a connection says so."""
