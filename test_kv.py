@@ -467,7 +467,7 @@ class CommandLineTest(ExampleTest):
             (("",), 2, b"", no_uuid % "", {}),
             ((KEY, "--url", url + "/"), 0, VALUE + b"\n", "", {"KV_URL": closed}),
             (("--url", closed, KEY), 2, b"", nobody, {}),
-            ((KEY, "--timeout", "0.5"), 0, VALUE + b"\n", "", {}),
+            ((KEY, "--timeout", "9.5"), 0, VALUE + b"\n", "", {}),
             ((KEY,), 0, VALUE + b"\n", "", {"http_proxy": closed}),
             ((KEY, "--url", url.replace("127.0.0.1", "LOCALHOST")), 0, VALUE + b"\n", "",
              {"http_proxy": closed}),
