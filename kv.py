@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
-"""kv: a read-only key-value server in one file.
+"""kv: a read-only key-value server in one file, which reads in the order that the data takes.
 
     python kv.py serve example.data     answers GET /KEY with the value of KEY in that file
     python kv.py get KEY                asks such a server
-
-A line becomes a pair of a dict, a request a look-up in it: this file reads in that order.
 """
 import sys
 if sys.version_info < (3, 7):  # what follows parses on older ones too, down to 2.7
@@ -14,12 +12,12 @@ import argparse
 import contextlib
 import email.utils
 import http.server
+import operator
 import os
 import queue
 import re
 import signal
 import socket
-import socketserver
 import threading
 import time
 import urllib.request
@@ -28,11 +26,11 @@ import uuid
 __version__ = "1.0"
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
 PIECE_BYTES = 1 << 16     # of the data file, read and parsed at a time: no more than a cache holds
-RELOAD_BYTES = 1 << 14    # the same in a reload, beside which requests are answered
-RELOAD_PAUSE = 0.002      # seconds between two such pieces
+RELOAD_PAUSE = 0.002      # seconds between two such pieces, where requests are answered meanwhile
+FORGET_PAIRS = 512        # of the old data, at a time after a reload
+PAGE_BYTES = 1 << 12      # of a sorted file, read at a time in a look-up
 BAD_LINES_SHOWN = 10      # of a refused file; the others are counted
 PROGRESS_SECONDS = 1      # that a load takes before a terminal shows how far it is
-LISTEN_QUEUE = 1000       # connections that the system keeps until they are accepted
 RECEIVE_BYTES = 1 << 13   # taken from a connection at a time; a plain head has to fit in
 LINE_BYTES = 8000         # of a request line, without its CRLF
 HEAD_BYTES = 16000        # of a head, with its empty line
@@ -46,9 +44,10 @@ POLL_SECONDS = 0.1        # between two looks at the clock
 
 def log(text, form="kv: %s\n"):
     """Write `text` to standard error, on a terminal in place of the progress of a load."""
-    text = "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in text)
+    text = "".join(c if c.isprintable() or c == "\n" else "\\x%02x" % ord(c) for c in text)
     with contextlib.suppress(AttributeError, OSError, ValueError):  # that nobody reads is no fault
-        sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + form % text)
+        text = form % text.replace("\n", "\nkv: ")
+        sys.stderr.write("\r\x1b[K" + text if sys.stderr.isatty() else text)
         sys.stderr.flush()
 
 
@@ -56,38 +55,75 @@ def log(text, form="kv: %s\n"):
 KEY = br"x{8}-x{4}-4x{3}-[89ab]x{3}-x{12}".replace(b"x", b"[0-9a-f]")   # RFC 9562 section 5.4
 is_key = re.compile(KEY).fullmatch
 all_pairs = re.compile(b"^(" + KEY + b") (.*)\n", re.MULTILINE).findall
+stamp = operator.attrgetter("st_size", "st_mtime_ns")  # of os.fstat: changes with the file
+first_and_last = re.compile(b"(?s)\n(?=(" + KEY + b") )(?:.*\n)?(" + KEY + b") ").search
 
 
-class BadData(ValueError):
-    """A data file that is not to be served; each of `args` (str) is one thing wrong with it."""
+class Sorted:
+    """The pairs of a file in byte order of its lower-case keys, looked up in the file itself.
+
+    Version 4 UUIDs are random, so where a key stands follows from its value: `get` reads a page
+    there, narrows the range by the keys in it, and computes again. That is two or three reads, and
+    as every fourth one halves the range, at most 4 log2(file / page) and, for a long value,
+    log4(value / page). To `load`, it looks like a dict that refuses keys out of order."""
+    def __init__(self, file):
+        self.file, self.last, self.count = open(os.dup(file.fileno()), "rb", 0), b"", 0
+        self.stamp = stamp(os.fstat(file.fileno()))
+
+    def __len__(self):
+        return self.count
+
+    def update(self, found):  # counts the pairs if all keys ascend, or none
+        keys = [self.last] + [key for key, _ in found]
+        if all(map(operator.lt, keys, keys[1:])):
+            self.last, self.count = keys[-1], self.count + len(found)
+
+    def get(self, key):
+        """Return the value of `key` (both bytes) or None. Raises OSError if the file changed."""
+        number, size, step = int(key.replace(b"-", b""), 16), PAGE_BYTES, 0
+        low, high, least, most = 0, self.stamp[0] + 1, 0, 1 << 128  # of a newline and the file
+        while low < high:
+            step += 1
+            share = (number - least, most - least) if step % 4 else (1, 2)
+            start = max(low, low + (high - low) * share[0] // share[1] - size // 2)
+            page = b"\n"[start:] + os.pread(self.file.fileno(), size, max(start - 1, 0))
+            if stamp(os.fstat(self.file.fileno())) != self.stamp:
+                raise OSError("the file was changed in place")
+            at, found = page.find(b"\n%b " % key), first_and_last(page)
+            if at >= 0:
+                value, end, _ = page[at + 38:].partition(b"\n")
+                if end or len(page) < size:
+                    return value
+                low, high, size = start + at, start + at + 1, size * 4  # it goes on
+            elif not found and len(page) >= size and start + size < high + 36:
+                size *= 4  # all of it belongs to one value
+            elif not found or key < found.group(1):
+                high, most = start, int(found.group(1).replace(b"-", b""), 16) if found else most
+            elif key > found.group(2):
+                low, least = start + found.start(2), int(found.group(2).replace(b"-", b""), 16)
+            else:
+                return None
 
 
-def take_lines(lines, first, pairs):
-    """Add the good ones of `lines` (bytes) to `pairs`; yield "NUMBER: what is wrong" of the bad."""
-    for number, line in enumerate(lines, first):
-        key = line[:36].lower()
-        wrong = ("a byte order mark, where a key should begin"
-                 if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"))
-                 else "no version 4 UUID at the start of the line" if not is_key(key)
-                 else "no space after the key" if line[36:37] != b" "
-                 else "the key already stood on another line" if key in pairs else None)
-        if line and wrong:
-            yield "%d: %s: %r" % (number, wrong, line[:50])
-        elif line:
-            pairs[key] = line[37:]
+def fault(line, is_sorted):
+    """Return what is wrong (str) with a `line` (bytes) that gave no new pair."""
+    return ("a byte order mark, where a key should begin"
+            if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"))
+            else "no version 4 UUID at the start of the line" if not is_key(line[:36].lower())
+            else "no space after the key" if line[36:37] != b" "
+            else "the key already stood on another line" if not is_sorted
+            else "the key is not above the last one and in lower case (LC_ALL=C sort)")
 
 
-def load(path, after_piece=lambda done, size, pairs: None, piece_bytes=PIECE_BYTES):
-    """Return the pairs in the file at `path` (str, "-" for standard input), {key: value}, bytes.
-
-    Calls `after_piece(bytes read, bytes in the file, pairs)` again and again. Raises BadData.
-    """
-    name = "standard input" if path == "-" else path
-    pairs, lines, done, bad, more = {}, 0, 0, [], 0
+def load(path, is_sorted=False, check=True, pause=0):
+    """Return the pairs in the file at `path` (str, 0 for standard input), {key: value} in bytes.
+    Rests `pause` seconds after each piece. Raises ValueError, with a line for each bad one."""
+    name, lines, done, bad, more, start = path or "standard input", 0, 0, [], 0, time.monotonic()
     try:
-        with open(0 if path == "-" else path, "rb", piece_bytes, closefd=path != "-") as file:
-            before = os.fstat(file.fileno())
-            for piece in iter(lambda: file.read1(piece_bytes) + file.readline(), b""):
+        with open(path, "rb", PIECE_BYTES, closefd=path != 0) as file:
+            pairs, (size, date) = Sorted(file) if is_sorted else {}, stamp(os.fstat(file.fileno()))
+            pieces = iter(lambda: file.read1(PIECE_BYTES) + file.readline(), b"")
+            for piece in pieces if check else ():
                 done += len(piece)
                 piece += b"" if piece.endswith(b"\n") else b"\n"  # the last line may lack it
                 known, count, found = len(pairs), piece.count(b"\n"), all_pairs(piece)
@@ -95,20 +131,28 @@ def load(path, after_piece=lambda done, size, pairs: None, piece_bytes=PIECE_BYT
                 if not count == len(found) == len(pairs) - known:  # look at each line
                     while len(pairs) > known:  # take out again what came in last
                         pairs.popitem()
-                    bad += take_lines(piece[:-1].split(b"\n"), lines + 1, pairs)
+                    for number, line in enumerate(piece[:-1].split(b"\n"), lines + 1):
+                        known = len(pairs)
+                        key = line[:36] if is_sorted else line[:36].lower()
+                        pairs.update(all_pairs(key + line[36:] + b"\n"))
+                        if line and len(pairs) == known:
+                            bad.append("%s:%d: %s: %r" % (
+                                name, number, fault(line, is_sorted), line[:50]))
                     more += len(bad[BAD_LINES_SHOWN:])
                     del bad[BAD_LINES_SHOWN:]
                 lines += count
-                after_piece(done, before.st_size, pairs)
-            after = os.fstat(file.fileno()) if file.seekable() else before
-            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                bad, more = [" changed while it was read"], 0
+                spent = time.monotonic() - start
+                if spent > PROGRESS_SECONDS and sys.stderr and sys.stderr.isatty():
+                    log("%s %% read, %d pairs, %d a second" % (
+                        done * 100 // size if size else "?", len(pairs), len(pairs) / spent), "%s ")
+                time.sleep(pause)
+            if file.seekable() and stamp(os.fstat(file.fileno())) != (size, date):
+                raise OSError(0, "changed while it was read")
     except (OSError, MemoryError) as error:
-        bad, more = [" " + getattr(error, "strerror", "too large for the memory")], 0
-    if more:
-        bad.append(" and %d more bad lines" % more)
-    if bad or not pairs:
-        raise BadData(*["%s:%s" % (name, text) for text in bad or [" no pair in it"]])
+        raise ValueError("%s: %s" % (name, getattr(error, "strerror", "too large for the memory")))
+    bad += ["%s: and %d more bad lines" % (name, more)] if more else []
+    if bad or check and not pairs:
+        raise ValueError("\n".join(bad) or "%s: no pair in it" % name)
     return pairs
 
 
@@ -125,18 +169,17 @@ plain_head = re.compile(b"GET /((?i:" + KEY + br")) HTTP/1\.1\r\n" + PLAIN + br"
 next_head = re.compile(br"(?s)(?:\r\n)?(.*?\r\n\r\n|.*)").match      # section 2.2
 TARGET = br"(?:[!$&-;=?-Z\[\]_a-z~]|%[0-9A-Fa-f]{2})+"          # RFC 3986 appendix A
 request_line = re.compile(b"(%b) (%b) HTTP/([0-9]\\.[0-9])\r\n" % (TOKEN, TARGET)).match
+is_lines = re.compile(br"(?:[^\r\n]+(?:\r\n[^\r\n]*)*)?\r?").fullmatch
 is_fields = re.compile(b"(?:" + FIELD + br")*\r\n").fullmatch
 is_chunked = re.compile(br"(?i)(?:(?!chunked[\t ,])" + TOKEN + br"[\t ]*,[\t ]*)*chunked").fullmatch
 path = re.compile(b"(?:(?i:http)://" + HOST + b"(?![^/?])|(?=/))/?(.*)").fullmatch
 
 
 def rules(head):
-    """Yield of each rule whether `head` (bytes) keeps it, and if not the status, text and end of
-    its answer: the text of a 200 is a key, and status 0 asks for more of the head.
-    """
+    """Yield of each rule whether `head` (bytes) keeps it, and if not, the status (0: more has to
+    come), text (with 200: a key) and end of its answer."""
     yield not re.match(br"[^\r\n]{%d}" % (LINE_BYTES + 1), head), 414, b"too long a line"
-    yield (re.fullmatch(br"(?:[^\r\n]+(?:\r\n[^\r\n]*)*)?\r?", head[:HEAD_BYTES + 1]),
-           400, b"a CR or LF where none belongs (section 2.2)")
+    yield is_lines(head[:HEAD_BYTES + 1]), 400, b"a CR or LF where none belongs (section 2.2)"
     yield len(head) <= HEAD_BYTES, 431, b"a head over %d bytes" % HEAD_BYTES
     yield head.endswith(b"\r\n\r\n"), 0, b""
     line = request_line(head)
@@ -144,19 +187,18 @@ def rules(head):
     yield is_fields(head, line.end()), 400, b"a line that is not NAME: VALUE (section 5)"
     method, target, version = line.groups()
     fields = {}
-    for name, value in re.findall(br"\n([^:\r]+):(.*)\r", head):  # an LF between repeated ones
-        name, value = name.lower(), value.strip(b"\t ").lower()
-        fields[name] = fields[name] + b"\n" + value if name in fields else value
-    size, coding = fields.get(b"content-length", b"0"), fields.get(b"transfer-encoding")
-    has_body = size != b"0" or coding is not None
+    for name, value in re.findall(br"\n([^:\r]+):[\t ]*([^\r]*?)[\t ]*\r", head.lower()):
+        fields[name] = fields[name] + b"\n" + value if name in fields else value  # none has an LF
+    host = fields.get(b"host", b"" if version == b"1.1" else b"none")
+    size, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    has_body = (size, coding) not in ((None, None), (b"0", None))
     yield version in (b"1.0", b"1.1"), 505, b"a version other than 1.1 and 1.0 (section 2.3)"
-    yield (re.fullmatch(HOST, fields.get(b"host", b"" if version == b"1.1" else b"none")),
-           400, b"not exactly one Host with host or host:port (section 3.2)")
+    yield re.fullmatch(HOST, host), 400, b"not exactly one Host, of host or host:port (section 3.2)"
     yield (path(target) or method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"),
            400, b"a target that is neither /KEY nor http://HOST/KEY (section 3.2)")
-    yield (is_chunked(coding) and b"content-length" not in fields if coding is not None
-           else size.isdigit(), 400, b"a body of unknown size (section 6.3)")
-    yield not has_body or method not in (b"GET", b"HEAD"), 400, b"a body on GET or HEAD"
+    yield (not has_body or method not in (b"GET", b"HEAD") and (
+        size.isdigit() if coding is None else is_chunked(coding) and not size),
+           400, b"a body on GET or HEAD, or of unknown size (section 6.3)")
     yield fields.get(b"expect") in (None, b"100-continue"), 417, b"expects not 100-continue"
     options = map(bytes.strip, re.split(b"[\n,]", fields.get(b"connection", b"")))
     last = has_body or version == b"1.0" or b"close" in options  # sections 6.3 and 9.3
@@ -170,27 +212,25 @@ def rules(head):
 
 
 # From a look-up to an answer
-BUSY = float("inf")  # since when a connection waits whose client has nothing to send
+NEVER = float("inf")  # a time in seconds
 STATUS = {s.value: b"HTTP/1.1 %d %b\r\n" % (s, s.phrase.encode()) for s in http.HTTPStatus}
-CONTENT = (b"Content-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: nosniff\r\n"
-           b"Content-Length: %d\r\n")
+STATUS.update({s: STATUS[s] + b"Allow: GET, HEAD, OPTIONS\r\n" for s in (204, 405)})
+CONTENT = b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """A connection: `request` is its socket, `head` what it asks, `received` what came after."""
     head, received, size = b"", b"", 0
+    end = since = NEVER  # when its time is up, and since when it waits for its client to send
 
     def setup(self):
-        self.state = self.server.connections[self.request]
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.server.connections[self.request] = self
 
     def allow(self, seconds, waits=True):
-        """Have the server end the connection after that; `waits` is for the client to send."""
         now = time.monotonic()
-        self.state[0], self.state[1] = now + seconds, now if waits else BUSY
+        self.end, self.since = now + seconds, now if waits else NEVER
 
-    def handle_one_request(self):
-        """Answer the next head; `close_connection` then says whether it was the last one."""
+    def handle_one_request(self):  # receives as much as it needs
         if not self.received:
             self.allow(IDLE_SECONDS)
             self.received = self.request.recv(RECEIVE_BYTES)
@@ -215,37 +255,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send `status` (int) and a line of `text` (bytes), with 200 the value of that key."""
         body = text + b"\n"
         if status == 200:
-            pairs, body = None, self.server.summary
+            pairs = body = None
             try:
-                while text and pairs is not self.server.pairs:  # a reload empties the old ones
+                while body is None and pairs is not self.server.pairs:  # reloads empty old ones
                     pairs = self.server.pairs
-                    body = pairs.get(text)
+                    body = pairs.get(text) if text else self.server.summary
             except Exception as error:
                 log("fault in answering %s: %r" % (self.client_address[0], error))
                 status, body = 500, b"the server failed, its log says how\n"
             if body is None:
                 status, body = 404, b"the data has no such key\n"
         self.close_connection = last or self.server.stopping
-        fields = self.server.fields
-        if self.close_connection:
-            fields += b"Connection: close\r\n"
-        if status in (204, 405):
-            fields += b"Allow: GET, HEAD, OPTIONS\r\n"
-        if status != 204:  # RFC 9110 section 8.6
-            fields += CONTENT % len(body)
+        close = b"Connection: close\r\n" if self.close_connection else b""
+        content = b"" if status == 204 else CONTENT % len(body)  # RFC 9110 section 8.6
         if status == 204 or self.head.startswith(b"HEAD "):
             body = b""
-        if self.server.verbose:  # in Common Log Format
-            line = self.head.partition(b"\r\n")[0].decode("latin-1").encode("unicode_escape")
-            log('%s - - [%s] "%s" %d %d' % (
-                self.client_address[0], time.strftime("%d/%b/%Y:%H:%M:%S %z"),
-                line.decode().replace('"', r'\"'), status, len(body)), "%s\n")
+        if self.server.options.verbose:  # in Common Log Format
+            line = repr(self.head.partition(b"\r\n")[0])[2:-1].replace('"', r'\"')
+            client, now = self.client_address[0], time.strftime("%d/%b/%Y:%H:%M:%S %z")
+            log('%s - - [%s] "%s" %d %d' % (client, now, line, status, len(body)), "%s\n")
         self.size = len(body)
         self.allow(ANSWER_SECONDS + self.size // ANSWER_BYTES, False)
-        self.request.sendall(b"%b%b\r\n%b" % (STATUS[status], fields, body))
+        self.request.sendall(b"%b%b%b%b\r\n%b" % (
+            STATUS[status], self.server.fields, close, content, body))
 
-    def finish(self):
-        """Read on for a moment where more may come, or the close would take the answer with it."""
+    def finish(self):  # where more may come, the close alone would take the answer with it
         if self.received or self.size > RECEIVE_BYTES or not plain_head(self.head):
             self.request.shutdown(socket.SHUT_WR)
             self.allow(LAST_SECONDS)
@@ -255,103 +289,90 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     """The pairs, the port, and the threads, each of which is used again and again."""
-    request_queue_size = LISTEN_QUEUE
+    request_queue_size = 1000                 # that the system keeps until they are accepted
     allow_reuse_address = os.name == "posix"  # elsewhere it lets two programs share a port
     allow_reuse_port = False                  # as this does, which newer Pythons turn on
-    server_bind = socketserver.TCPServer.server_bind  # HTTPServer's makes a reverse DNS look-up
+    server_bind = http.server.socketserver.TCPServer.server_bind  # without a DNS look-up
+    stopping, threads, next_look = False, 0, 0  # the last is when service_actions has to do
 
-    def __init__(self, host, port, max_connections, verbose):
-        """Take the port, not listening yet. Raises OSError if it is not to be had."""
-        self.max_connections, self.verbose, self.stopping = max_connections, verbose, False
-        self.connections = {}  # socket: [when its time is up, since when it waits for its client]
-        self.accepted, self.closed = queue.SimpleQueue(), threading.Event()
-        self.threads, self.next_look = 0, 0  # the latter is when service_actions has to do
+    def __init__(self, options):  # takes the port, not listening yet, or raises OSError
+        self.options, self.accepted, self.closed = options, queue.SimpleQueue(), threading.Event()
+        self.connections = {}  # socket: Handler
         self.address_family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         super().__init__(address, Handler, bind_and_activate=False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # those accepted too
         if self.address_family == socket.AF_INET6:  # let `::` take both families
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
         self.server_bind()
 
-    def use(self, pairs, name):
-        """Answer from `pairs`, anything with `get`, that come from the file called `name` (str)."""
-        text = "%d pairs of %s, since %s\nask for one by GET /KEY, a version 4 UUID\n" % (
-            len(pairs), os.path.basename(name), email.utils.formatdate(usegmt=True))
-        self.pairs, self.summary = pairs, text.encode("utf-8", "backslashreplace")
+    def read(self, pause=0):
+        """Load the file and answer from it. Returns a text (str) on that. Raises ValueError."""
+        start, file, now = time.monotonic(), self.options.file, email.utils.formatdate(usegmt=True)
+        pairs = load(file, self.options.sorted, self.options.check, pause)
+        count, name = len(pairs) or "unchecked", file or "standard input"
+        self.summary = ("%s pairs of %s, since %s\nask for one by GET /KEY, a version 4 UUID\n" % (
+            count, os.path.basename(name), now)).encode("utf-8", "surrogateescape")
+        self.pairs = pairs
+        return "%s pairs of %s in %.2f s" % (count, name, time.monotonic() - start)
 
-    def reload(self, path, name):
-        """Read the file again, beside answering, and answer from it unless it is refused."""
-        if path == "-":
+    def reload(self):  # beside answering; a file that is refused changes nothing
+        if self.options.file == 0:
             return log("standard input cannot be read again, the data stays as it was")
-        start, old = time.monotonic(), self.pairs
+        old = self.pairs
         try:
-            self.use(load(path, lambda *_: time.sleep(RELOAD_PAUSE), RELOAD_BYTES), name)
-        except BadData as error:
-            for line in error.args + ("the data stays as it was",):
-                log(line)
-            return
-        log("%d pairs of %s, reloaded in %.2f s" % (
-            len(self.pairs), name, time.monotonic() - start))
-        while old:  # to forget millions at once would hold up all threads
-            for _ in range(min(len(old), RELOAD_BYTES // 32)):
+            log(self.read(RELOAD_PAUSE) + ", reloaded")
+        except ValueError as error:
+            return log("%s\nthe data stays as it was" % error)
+        while isinstance(old, dict) and old:  # to forget millions at once would hold up all threads
+            for _ in range(min(len(old), FORGET_PAIRS)):
                 old.popitem()
             time.sleep(RELOAD_PAUSE)
 
-    def service_actions(self):
-        """Called by serve_forever every POLL_SECONDS and after each new connection."""
+    def service_actions(self):  # every POLL_SECONDS and after each new connection
         now = time.monotonic()
         if now >= self.next_look:
             self.next_look = now + POLL_SECONDS
-            self.fields = ("Server: kv/%s\r\nDate: %s\r\n" % (
-                __version__, email.utils.formatdate(usegmt=True))).encode()
-            for request, (end, since) in self.connections.copy().items():
-                if now > end:
-                    self.end(request, socket.SHUT_RDWR if since == BUSY else socket.SHUT_RD)
+            self.fields = b"Server: kv/%b\r\nX-Content-Type-Options: nosniff\r\nDate: %b\r\n" % (
+                __version__.encode(), email.utils.formatdate(usegmt=True).encode())
+            for request, handler in self.connections.copy().items():
+                if now > handler.end:
+                    self.end(request, handler.since == NEVER)
 
-    def end(self, request, how=socket.SHUT_RD):
-        """Wake the thread of a connection; with SHUT_RD it still answers what it has received."""
+    def end(self, request, at_once=False):  # or when all is answered that has been received
         with contextlib.suppress(OSError):
-            request.shutdown(how)
+            request.shutdown(socket.SHUT_RDWR if at_once else socket.SHUT_RD)
 
-    def make_room(self):
-        """End the connection that waits longest for its client; wait until any is closed."""
-        self.closed.clear()
-        request, state = min(self.connections.copy().items(), key=lambda item: item[1][1],
-                             default=(None, [0, BUSY]))
-        if state[1] != BUSY:
-            state[1] = BUSY  # not to be chosen twice
-            self.end(request)
-        self.closed.wait(POLL_SECONDS)
-
-    def get_request(self):
-        """Accept a connection. Raises OSError if there is no room, having tried to make some."""
-        if len(self.connections) < self.max_connections:
-            with contextlib.suppress(OSError):  # such as for too many open files
+    def get_request(self):  # raises OSError if there is no room, having tried to make some
+        with contextlib.suppress(OSError, RuntimeError):  # too many open files, or threads
+            if len(self.connections) < self.options.max_connections:
+                if len(self.connections) == self.threads:
+                    threading.Thread(target=self.work, daemon=True).start()
+                    self.threads += 1
                 return super().get_request()
-        self.make_room()
+        self.closed.clear()
+        waiting = [handler for handler in self.connections.copy().values() if handler.since < NEVER]
+        if waiting:
+            self.end(min(waiting, key=lambda handler: handler.since).request)
+        self.closed.wait(POLL_SECONDS)
         raise OSError("no room")
 
     def process_request(self, request, client_address):
-        """Hand a connection to the threads, and add one if there are more connections."""
-        self.connections[request] = [time.monotonic() + IDLE_SECONDS, time.monotonic()]
+        self.connections[request] = Handler  # until its thread has one of its own
         self.accepted.put((request, client_address))
-        if len(self.connections) > self.threads:
-            try:
-                threading.Thread(target=self.work, daemon=True).start()
-                self.threads += 1
-            except RuntimeError:  # the system has no more: one of those there are has to do
-                self.make_room()
 
     def work(self):
-        """The life of a thread: one connection after the other."""
         while True:
             request, client_address = self.accepted.get()
             self.process_request_thread(request, client_address)
             del self.connections[request]
             self.closed.set()
 
-    def stop(self):
-        """Stop listening, answer what has been received, close all connections."""
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):  # that a client went away is no fault
+            log("fault in answering %s: %r" % (client_address[0], sys.exc_info()[1]))
+
+    def stop(self):  # listening, answer what has been received, close all connections
         self.stopping, end = True, time.monotonic() + LAST_SECONDS
         self.shutdown()
         self.server_close()
@@ -360,33 +381,21 @@ class Server(http.server.ThreadingHTTPServer):
         while self.connections and time.monotonic() < end:
             time.sleep(POLL_SECONDS / 10)
 
-    def handle_error(self, request, client_address):
-        """Called when a handler raised; that a client went away is no fault."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            log("fault in answering %s: %r" % (client_address[0], sys.exc_info()[1]))
 
-
-def serve(file, host, port, max_connections, verbose):
-    """Load `file` and answer from it until SIGTERM or Ctrl-C. Returns the exit code."""
-    def show(done, size, pairs):
-        seconds = time.monotonic() - start
-        if seconds > PROGRESS_SECONDS and sys.stderr and sys.stderr.isatty():
-            log("%s %% read, %d pairs, %d a second" % (
-                done * 100 // size if size else "?", len(pairs), len(pairs) / seconds), "%s ")
-
+def serve(options):
+    """Load the file and answer from it until SIGTERM or Ctrl-C. Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start, name = time.monotonic(), "standard input" if file == "-" else file
-    reload, server = threading.Lock(), None
-    reload.acquire()  # until SIGHUP releases it
+    server, hangup = None, threading.Lock()
+    hangup.acquire()  # until SIGHUP releases it
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: reload.locked() and reload.release())
+        signal.signal(signal.SIGHUP, lambda *_: hangup.locked() and hangup.release())
     try:
-        server = Server(host, port, max_connections, verbose)
-        server.use(load(file, show), name)
+        server = Server(options)
+        ready = server.read()
         with contextlib.suppress(ImportError, OSError, ValueError):
             import resource  # which Windows has not
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if 0 <= hard < max_connections:
+            if 0 <= hard < options.max_connections:
                 log("a limit of %d open files is too low for --max-connections" % hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         server.service_actions()
@@ -394,71 +403,62 @@ def serve(file, host, port, max_connections, verbose):
         if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
             cpus = sorted(os.sched_getaffinity(0))  # on several, threads only fight for the GIL
             os.sched_setaffinity(0, [cpus[server.server_address[1] % len(cpus)]])
-        log("%d pairs of %s in %.2f s, on http://%s:%d" % (
-            len(server.pairs), name, time.monotonic() - start,
-            "[%s]" % host if ":" in host else host, server.server_address[1]))
+        log("%s, on http://%s:%d" % (ready, "[%s]" % options.host if ":" in options.host
+                                     else options.host, server.server_address[1]))
         threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
         while True:
-            if reload.acquire(timeout=POLL_SECONDS):
-                server.reload(file, name)
+            if hangup.acquire(timeout=POLL_SECONDS):
+                server.reload()
     except KeyboardInterrupt:
         if server and server.threads:
             server.stop()
-        log("stopped")
-        return 0
-    except BadData as error:
-        for line in error.args:
-            log(line)
+        return log("stopped")
     except (OSError, UnicodeError) as error:
-        log("cannot listen on %s:%d: %s" % (host, port, getattr(error, "strerror", error)))
+        log("cannot listen on %s:%d: %s" % (
+            options.host, options.port, getattr(error, "strerror", error)))
+    except ValueError as error:
+        log(str(error))
     return 1
 
 
 # From an answer to the terminal
 def get(key, url=DEFAULT_URL, timeout=10):
     """Return the value (bytes) of `key` (str, as uuid.UUID takes it) from the server at `url`.
-
-    Raises ValueError for a key that is no version 4 UUID, KeyError for one that the data does not
-    have, OSError if no answer comes; `timeout` is how many seconds the server may keep silent.
-    """
+    Raises ValueError for a key that is no version 4 UUID, KeyError for one that is not found, and
+    OSError if the server gives no answer, or is silent for `timeout` seconds."""
     if uuid.UUID(key).version != 4:
         raise ValueError("not a version 4 UUID")
     try:
         request = urllib.request.Request("%s/%s" % (url.rstrip("/"), uuid.UUID(key)))
         local = re.match(r"(localhost|127\.[0-9.]+|\[::1\])(:|$)", (request.host or "").lower())
-        opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if local else [])
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if local else None))
         with opener.open(request, timeout=timeout) as answer:
             return answer.read()
     except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", None) == 404:
-            error.close()
-            raise KeyError(key)
+            raise KeyError("not found")
         raise OSError("cannot ask %s: %s (is kv.py serve running there? --url names another)" % (
-            url, getattr(error, "reason", error)))
+            url, " ".join(str(getattr(error, "reason", error)).split())))
 
 
-def print_values(keys, url, timeout):
-    """Print the values of `keys` (str, "-" for those on standard input). Returns the exit code."""
+def print_values(options):
+    """Print the values of the keys, "-" for those on standard input. Returns the exit code."""
     code = 0
     try:
-        output = open(1, "wb", closefd=False)
-        for key in (line.strip() for key in keys for line in (
-                filter(str.strip, open(0, encoding="latin-1", closefd=False))
-                if key == "-" else [key])):
-            try:
-                output.write(get(key, url, timeout) + b"\n")
-                output.flush()
-            except KeyError:
-                log("%s: not found" % key)
-                code = max(code, 1)
-            except ValueError as error:
-                log("%s: %s" % (key, error))
-                code = 2
+        with open(1, "wb", closefd=False) as output:
+            for key in (line.strip() for key in options.keys for line in (
+                    filter(str.strip, open(0, encoding="latin-1", closefd=False))
+                    if key == "-" else [key])):
+                try:
+                    output.write(get(key, options.url, options.timeout) + b"\n")
+                    output.flush()
+                except (KeyError, ValueError) as error:
+                    log("%s: %s" % (key, error.args[0]))
+                    code = max(code, 1 if isinstance(error, KeyError) else 2)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what was not written goes in the end
         if not isinstance(error, BrokenPipeError):  # `| head` has what it wants
             log(str(error))
-            return 2
+            code = 2
     return code
 
 
@@ -472,28 +472,28 @@ def main():
     """Run the command that `sys.argv` names. Returns the exit code."""
     parser = Parser(prog="kv.py", description="A read-only key-value server in one file.")
     parser.add_argument("--version", action="version", version="kv " + __version__)
-    commands = parser.add_subparsers(metavar="serve | get", required=True)
-    command = commands.add_parser("serve", help="answer requests for the pairs in a file")
-    command.set_defaults(run=serve)
-    option = command.add_argument
-    option("file", metavar="FILE", help="lines of KEY, a space and VALUE; - is standard input")
+    commands = parser.add_subparsers(metavar="serve | get", dest="command", required=True)
+    option = commands.add_parser("serve", help="answer requests for pairs in a file").add_argument
+    option("file", metavar="FILE", type=lambda name: 0 if name == "-" else name,
+           help="lines of KEY, a space and VALUE; - is standard input")
     option("--host", default="127.0.0.1", help="its address, :: for all, default %(default)s")
     option("--port", metavar="PORT", type=int, choices=range(1 << 16), default=8000,
            help="0 for a free one, default %(default)s")
     option("--max-connections", metavar="COUNT", type=int, choices=range(1, 1 << 20), default=1000,
            help="at once, default %(default)s: a newcomer takes the place of the longest silent")
     option("--verbose", action="store_true", help="log each request to standard error")
-    command = commands.add_parser("get", help="print the values of keys")
-    command.set_defaults(run=print_values)
-    option = command.add_argument
+    option("--sorted", action="store_true", help="look keys up in FILE, made by LC_ALL=C sort")
+    option("--no-check", dest="check", action="store_false", help="trust that it is sorted")
+    option = commands.add_parser("get", help="print the values of keys").add_argument
     option("keys", metavar="KEY", nargs="+", help="a version 4 UUID; - reads standard input")
     option("--url", default=DEFAULT_URL, help="its URL, default $KV_URL or http://127.0.0.1:8000")
     option("--timeout", type=float, default=10, help="seconds to wait, default %(default)s")
-    arguments = vars(parser.parse_args())
-    try:
-        return arguments.pop("run")(**arguments)
-    except KeyboardInterrupt:  # a second one, where the first has its meaning
-        return 130
+    options = parser.parse_args()
+    if options.command == "serve" and not (options.file if options.sorted else options.check):
+        parser.error("--sorted is for files, not standard input, and --no-check for --sorted")
+    with contextlib.suppress(KeyboardInterrupt):  # a second one, where the first has its meaning
+        return {"serve": serve, "get": print_values}[options.command](options)
+    return 130
 
 
 if __name__ == "__main__":

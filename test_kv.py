@@ -275,13 +275,12 @@ class DataFileTest(unittest.TestCase):
     def test_bad_lines_are_named(self):
         for content, *bad in self.BAD:
             with self.subTest(content), data_file(content) as path:
-                with self.assertRaises(kv.BadData) as caught:
+                with self.assertRaises(ValueError) as caught:
                     kv.load(path)
-                self.assertEqual(caught.exception.args, self.named(path, bad))
+                self.assertEqual(str(caught.exception).split("\n"), self.named(path, bad))
 
     def named(self, path, bad):
-        return tuple("%s:%d: %s: %r" % (path, number, fault, line[:50])
-                     for number, fault, line in bad)
+        return ["%s:%d: %s: %r" % (path, number, fault, line[:50]) for number, fault, line in bad]
 
     def test_the_program_names_bad_lines(self):
         content, *bad = self.BAD[-1]
@@ -294,9 +293,9 @@ class DataFileTest(unittest.TestCase):
         lines = [key(n) + b" value" for n in range(9000)]
         lines[5000], lines[8000] = key(3) + b" other", b"bad"
         with data_file(b"\n".join(lines)) as path:
-            with self.assertRaises(kv.BadData) as caught:
+            with self.assertRaises(ValueError) as caught:
                 kv.load(path)
-        self.assertEqual([line.replace(path, "F") for line in caught.exception.args], [
+        self.assertEqual(str(caught.exception).replace(path, "F").split("\n"), [
             "F:5001: the key already stood on another line: %r" % lines[5000],
             "F:8001: %s: b'bad'" % self.NO_KEY])
 
@@ -498,7 +497,7 @@ class CommandLineTest(ExampleTest):
 
     def test_answers_that_are_none_of_kv(self):
         for answer, reason in ((b"", "Remote end closed connection"),
-                               (b"SSH-2.0\r\n", r"SSH-2.0\x0d\x0a"),
+                               (b"SSH-2.0\r\n", "SSH-2.0"),
                                (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
                                 "IncompleteRead"),
                                (b"HTTP/1.1 500 Broken\r\n\r\n", "Broken")):
@@ -719,9 +718,9 @@ class AnswerTest(ExampleTest):
         self.assertEqual(fields.pop("server"), "kv/" + kv.__version__)
         self.assertRegex(fields.pop("date"),
                          r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]{8} GMT$")
+        self.assertEqual(fields.pop("x-content-type-options"), "nosniff")
         if status != 204:
             self.assertEqual(fields.pop("content-type"), "text/plain; charset=utf-8")
-            self.assertEqual(fields.pop("x-content-type-options"), "nosniff")
             self.assertEqual(fields.pop("content-length"), str(len(text)))
         if status in (204, 405):
             self.assertEqual(fields.pop("allow"), "GET, HEAD, OPTIONS")
@@ -1524,14 +1523,14 @@ class ReloadTest(unittest.TestCase):
                     done = len(answers)
                     self.write(path, b"new%d" % turn)
                     server.process.send_signal(signal.SIGHUP)
-                    until(lambda: server.log.count(b", reloaded in ") == turn + 1)
+                    until(lambda: server.log.count(b" s, reloaded\n") == turn + 1)
                     for n in range(100):
                         self.assertEqual(client.ask(key(n))[::2], (200, b"new%d %d" % (turn, n)))
                     until(lambda: len(answers) > done + 100)
             for number, (status, _, body) in answers:
                 self.assertRegex(body, b"^(old|new[0-4]) %d$" % number)
                 self.assertEqual(status, 200)
-            self.assertRegex(server.log, br"kv: 2000 pairs of [^\n]*, reloaded in \d+\.\d\d s\n")
+            self.assertRegex(server.log, br"kv: 2000 pairs of [^\n]* in \d+\.\d\d s, reloaded\n")
 
     def test_bad_files_leave_the_data(self):
         with data_file(b"") as path:
@@ -1572,7 +1571,7 @@ class ReloadTest(unittest.TestCase):
                 until(again)  # a reload takes many times as long as a look does
                 self.assertEqual(server.stop(), 0)
                 server.reader.join()
-                self.assertLessEqual(server.log.count(b", reloaded in "), 3)
+                self.assertLessEqual(server.log.count(b" s, reloaded\n"), 3)
 
     def test_stop_under_load(self):
         """All that was read is answered whole; the last answer of a connection says so."""
