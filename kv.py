@@ -95,7 +95,7 @@ class Sorted:
                 if end or len(page) < size:
                     return value
                 low, high, size = start + at, start + at + 1, size * 4  # it goes on
-            elif not found and len(page) >= size and start + size < high + 36:
+            elif not found and len(page) >= size and start + size < high + 37:
                 size *= 4  # all of it belongs to one value
             elif not found or key < found.group(1):
                 high, most = start, int(found.group(1).replace(b"-", b""), 16) if found else most
@@ -127,8 +127,8 @@ def load(path, is_sorted=False, check=True, pause=0):
                 done += len(piece)
                 piece += b"" if piece.endswith(b"\n") else b"\n"  # the last line may lack it
                 known, count, found = len(pairs), piece.count(b"\n"), all_pairs(piece)
-                pairs.update(found)
-                if not count == len(found) == len(pairs) - known:  # look at each line
+                pairs.update(found if len(found) == count else ())
+                if len(pairs) - known != count:  # look at each line
                     while len(pairs) > known:  # take out again what came in last
                         pairs.popitem()
                     for number, line in enumerate(piece[:-1].split(b"\n"), lines + 1):

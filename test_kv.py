@@ -6,6 +6,7 @@
 import concurrent.futures
 import contextlib
 import itertools
+import math
 import os
 import platform
 import random
@@ -210,13 +211,18 @@ class DataFileTest(unittest.TestCase):
     def test_every_value_arrives_as_it_is(self):
         pairs = {key(n): value for n, value in enumerate(self.VALUES)}
         lines = [k + b" " + v for k, v in pairs.items()]
-        for content in (b"\n".join(lines), b"\n".join(lines) + b"\n",
-                        b"\n\n" + b"\n\n".join(reversed(lines)) + b"\n\n"):
-            with data_file(content) as path, Serving(path) as server:
-                self.assertEqual(kv.load(path), pairs)
-                code, out, err = run("get", "--url", server.url, *pairs)
-                self.assertEqual((code, err), (0, b""))
-                self.assertEqual(out, b"".join(v + b"\n" for v in pairs.values()))
+        for content, *options in (
+                (b"\n".join(lines),), (b"\n".join(lines) + b"\n",),
+                (b"\n\n" + b"\n\n".join(reversed(lines)) + b"\n\n",),
+                (b"\n".join(lines), "--sorted"), (b"\n".join(lines) + b"\n", "--sorted"),
+                (b"\n\n" + b"\n\n".join(lines) + b"\n\n", "--sorted", "--no-check")):
+            with data_file(content) as path, Serving(path, *options) as server:
+                if not options:
+                    self.assertEqual(kv.load(path), pairs)
+                if content == b"\n".join(lines):
+                    code, out, err = run("get", "--url", server.url, *pairs)
+                    self.assertEqual((code, err), (0, b""))
+                    self.assertEqual(out, b"".join(v + b"\n" for v in pairs.values()))
                 with server.connect() as client:
                     for k, value in pairs.items():
                         self.assertEqual(client.ask(k)[::2], (200, value))
@@ -262,42 +268,58 @@ class DataFileTest(unittest.TestCase):
                                          b"\xef\xbb\xbf" + K + b" v")),
         (b"\xff\xfe" + K + b" v\n", (1, "a byte order mark, where a key should begin",
                                      b"\xff\xfe" + K + b" v")),
-        (K + b" v\n" + K + b" w\n", (2, "the key already stood on another line", K + b" w")),
-        (K + b" v\n\n" + K.upper() + b" v", (3, "the key already stood on another line",
-                                             K.upper() + b" v")),
-        (K.upper() + b" v\n" + K + b" v", (2, "the key already stood on another line", K + b" v")),
         (K + b" v\r" + key(2) + b" w\n" + key(2), (2, "no space after the key", key(2))),
+    )
+    REPEATED = "the key already stood on another line"
+    BAD_IN_A_DICT = (
+        (K + b" v\n" + K + b" w\n", (2, REPEATED, K + b" w")),
+        (K + b" v\n\n" + K.upper() + b" v", (3, REPEATED, K.upper() + b" v")),
+        (K.upper() + b" v\n" + K + b" v", (2, REPEATED, K + b" v")),
         (key(2) + b" v\nbad\n\n" + K + b" w\nworse\n" + K + b" again\n" + b"x" * 99,
-         (2, NO_KEY, b"bad"), (5, NO_KEY, b"worse"),
-         (6, "the key already stood on another line", K + b" again"), (7, NO_KEY, b"x" * 99)),
+         (2, NO_KEY, b"bad"), (5, NO_KEY, b"worse"), (6, REPEATED, K + b" again"),
+         (7, NO_KEY, b"x" * 99)),
+    )
+    UNSORTED = "the key is not above the last one and in lower case (LC_ALL=C sort)"
+    BAD_IF_SORTED = (
+        (K + b" v\n" + K + b" w\n" + key(2) + b" x", (2, UNSORTED, K + b" w")),
+        (key(2) + b" v\n\n" + K + b" w\n" + key(3) + b" x", (3, UNSORTED, K + b" w")),
+        (K + b" v\n" + key(10).upper() + b" w\n" + key(11) + b" x",
+         (2, UNSORTED, key(10).upper() + b" w")),
+        (key(10).upper() + b" v", (1, UNSORTED, key(10).upper() + b" v")),
+        (key(2) + b" v\nbad\n" + K + b" w\n" + key(3) + b" x\n" + b"x" * 99,
+         (2, NO_KEY, b"bad"), (3, UNSORTED, K + b" w"), (5, NO_KEY, b"x" * 99)),
     )
 
     def test_bad_lines_are_named(self):
-        for content, *bad in self.BAD:
-            with self.subTest(content), data_file(content) as path:
-                with self.assertRaises(ValueError) as caught:
-                    kv.load(path)
-                self.assertEqual(str(caught.exception).split("\n"), self.named(path, bad))
+        for is_sorted, table in ((False, self.BAD + self.BAD_IN_A_DICT),
+                                 (True, self.BAD + self.BAD_IF_SORTED)):
+            for content, *bad in table:
+                with self.subTest(content, is_sorted=is_sorted), data_file(content) as path:
+                    with self.assertRaises(ValueError) as caught:
+                        kv.load(path, is_sorted)
+                    self.assertEqual(str(caught.exception).split("\n"), self.named(path, bad))
 
     def named(self, path, bad):
         return ["%s:%d: %s: %r" % (path, number, fault, line[:50]) for number, fault, line in bad]
 
     def test_the_program_names_bad_lines(self):
-        content, *bad = self.BAD[-1]
-        with data_file(content) as path:
-            expected = "".join("kv: %s\n" % line for line in self.named(path, bad))
-            self.assertEqual(run("serve", "--port", "0", path), (1, b"", expected.encode()))
+        for table, *options in ((self.BAD_IN_A_DICT,), (self.BAD_IF_SORTED, "--sorted")):
+            content, *bad = table[-1]
+            with data_file(content) as path:
+                expected = "".join("kv: %s\n" % line for line in self.named(path, bad))
+                self.assertEqual(run("serve", "--port", "0", path, *options),
+                                 (1, b"", expected.encode()))
 
     def test_a_bad_line_far_down(self):
         """Keys that repeat across pieces, with all that follows still looked at."""
         lines = [key(n) + b" value" for n in range(9000)]
         lines[5000], lines[8000] = key(3) + b" other", b"bad"
-        with data_file(b"\n".join(lines)) as path:
-            with self.assertRaises(ValueError) as caught:
-                kv.load(path)
-        self.assertEqual(str(caught.exception).replace(path, "F").split("\n"), [
-            "F:5001: the key already stood on another line: %r" % lines[5000],
-            "F:8001: %s: b'bad'" % self.NO_KEY])
+        for is_sorted, fault in ((False, self.REPEATED), (True, self.UNSORTED)):
+            with data_file(b"\n".join(lines)) as path:
+                with self.assertRaises(ValueError) as caught:
+                    kv.load(path, is_sorted)
+            self.assertEqual(str(caught.exception).replace(path, "F").split("\n"), [
+                "F:5001: %s: %r" % (fault, lines[5000]), "F:8001: %s: b'bad'" % self.NO_KEY])
 
     def test_ten_bad_lines_are_named_and_the_others_counted(self):
         def refused(count):
@@ -333,10 +355,10 @@ class DataFileTest(unittest.TestCase):
         def touch(path):
             os.utime(path)
 
-        for change in (grow, touch):
-            with self.subTest(change), data_file(b"".join(
+        for change, *options in ((grow,), (touch,), (touch, "--sorted")):
+            with self.subTest(change, options=options), data_file(b"".join(
                     key(n) + b" value\n" for n in range(300000))) as path:
-                process = subprocess.Popen(command("serve", "--port", "0", path),
+                process = subprocess.Popen(command("serve", "--port", "0", path, *options),
                                            stderr=subprocess.PIPE, env=environment())
                 while process.poll() is None:
                     change(path)
@@ -417,6 +439,162 @@ class LoadingTest(unittest.TestCase):
         with contextlib.suppress(OSError):  # how Linux tells that the other side is closed
             while True:
                 shown[0] += os.read(terminal, 1 << 16)
+
+
+@unittest.skipUnless(hasattr(os, "pread"), "needs os.pread")
+class SortedTest(unittest.TestCase):
+    """Section 6: look-ups in the file itself."""
+
+    def check(self, pairs, absent=(), end=b"\n", step=1):
+        """Find every `step`th of `pairs` {key: value} in a file of them, and none of `absent`.
+
+        Returns how often the file was read for a pair, on average and at most.
+        """
+        lines = [k + b" " + v for k, v in sorted(pairs.items())]
+        reads, calls, pread = [], [], os.pread
+        with data_file(b"\n".join(lines) + end) as path:
+            found = kv.load(path, True)
+            self.assertEqual(len(found), len(pairs))
+            os.pread = lambda *arguments: calls.append(1) or pread(*arguments)
+            try:
+                for k, value in itertools.islice(pairs.items(), 0, None, step):
+                    self.assertEqual(found.get(k), value)
+                    reads.append(len(calls))
+                    calls.clear()
+                for k in absent:
+                    self.assertIsNone(found.get(k), k)
+            finally:
+                os.pread = pread
+                found.file.close()
+        return statistics.mean(reads), max(reads)
+
+    @staticmethod
+    def random_key(chance):
+        return str(uuid.UUID(int=chance.getrandbits(128), version=4)).encode()
+
+    @staticmethod
+    def neighbours(pairs):
+        """Yield keys that are one digit off some of those of `pairs`, each in another place."""
+        for number, k in enumerate(itertools.islice(pairs, 360)):
+            for digit in b"0123456789abcdef":
+                other = k[:number % 36] + bytes([digit]) + k[number % 36 + 1:]
+                if kv.is_key(other) and other not in pairs:
+                    yield other
+
+    def test_random_keys(self):
+        chance = random.Random(6)
+        pairs = {self.random_key(chance): b"%d" % n * (n % 9) for n in range(100000)}
+        absent = [self.random_key(chance) for _ in range(100000)]
+        mean, most = self.check(pairs, absent + list(self.neighbours(pairs)))
+        self.assertLess(mean, 2.2)
+        self.assertLess(most, 9)
+
+    def test_pages_hardly_longer_than_a_line(self):
+        """So that every cut through a line occurs."""
+        chance, page = random.Random(7), kv.PAGE_BYTES
+        try:
+            for kv.PAGE_BYTES in list(range(38, 80)) + [150, 1000]:
+                for count in (1, 2, 3, 10, 60):
+                    pairs = {self.random_key(chance): b"v" * chance.choice((0, 1, 30, 31, 500))
+                             for _ in range(count)}
+                    absent = [self.random_key(chance), b"f" * 8 + b"-ffff-4fff-bfff-" + b"f" * 12,
+                              ABSENT]
+                    self.check(pairs, absent, end=chance.choice((b"", b"\n", b"\n\n")))
+        finally:
+            kv.PAGE_BYTES = page
+
+    def test_values_of_all_lengths(self):
+        """Short ones between those that no page holds, with keys in them."""
+        chance = random.Random(8)
+        for end in (b"", b"\n"):
+            pairs = {self.random_key(chance): b" %b " % self.random_key(chance) * chance.choice(
+                (0, 1, 50, 100, 107, 108, 1000, 26000)) for _ in range(200)}
+            mean, most = self.check(pairs, [v[1:37] for v in pairs.values() if v], end=end)
+            self.assertLess(most, 60)
+
+    def test_keys_far_from_random(self):
+        """However they crowd, the number of reads grows with the logarithm of the size."""
+        chance = random.Random(9)
+        clusters = (b"0000000%x-0000-4000-8000-0%011x", b"ffffffff-ffff-4fff-bfff-%x%011x")
+        for name, keys in (
+                ("alike", (b"01234567-89ab-4cde-8f01-2345678%05x" % chance.getrandbits(20)
+                           for _ in range(20000))),
+                ("clusters", (form % (chance.getrandbits(4), chance.getrandbits(44))
+                              for form in clusters for _ in range(10000))),
+                ("sequential", map(key, range(20000))),
+                ("powers", (b"%08x-0000-4000-8000-%012x" % (1 << n % 32, n)
+                            for n in range(20000)))):
+            with self.subTest(name):
+                pairs = dict.fromkeys(keys, b"a value")
+                mean, most = self.check(pairs, self.neighbours(pairs), step=9)
+                self.assertLessEqual(most, 4 * math.log2(45 * len(pairs) / kv.PAGE_BYTES) + 4)
+
+    def test_unchecked(self):
+        """Nothing is read before it listens, and what stands in order is found."""
+        content = b"no pair\n" + key(1) + b" one\n" + key(2) + b" two\n" + key(2) + b" again\n"
+        with data_file(content) as path, Serving(path, "--sorted", "--no-check") as server:
+            self.assertIn(b"kv: unchecked pairs of " + path.encode(), server.log)
+            with server.connect() as client:
+                self.assertEqual(client.ask(key(1))[2], b"one")
+                self.assertEqual(client.ask(key(3))[0], 404)
+                self.assertIn(b"unchecked pairs of test.data", client.ask(b"")[2])
+
+    CHANGES = (  # what becomes of a file in place, and how it is opened for that
+        ("r+b", lambda file, content: file.write(content)),
+        ("r+b", lambda file, content: file.truncate(len(content) // 3)),
+        ("wb", lambda file, content: file.write(content[:-10])))
+
+    def test_a_file_that_changes_in_place(self):
+        """An answer is right, or a 500 that is logged; after a reload, all is right again."""
+        def content(value):
+            return b"".join(key(n) + b" %d %b\n" % (n, value) for n in range(2000))
+
+        for mode, change in self.CHANGES:
+            with self.subTest(mode), data_file(content(b"old")) as path:
+                with Serving(path, "--sorted") as server, server.connect() as client:
+                    statuses = []
+                    for n in range(2000):
+                        if n == 500:
+                            with open(path, mode) as file:
+                                change(file, content(b"new"))
+                        status, _, body = client.ask(key(n))
+                        statuses.append(status)
+                        if status == 200:
+                            self.assertIn(body, (b"%d old" % n, b"%d new" % n))
+                    self.assertEqual(statuses, [200] * 500 + [500] * 1500)
+                    until(lambda: server.log.count(b"'the file was changed in place'") == 1500)
+                    with open(path + ".new", "wb") as file:
+                        file.write(content(b"new"))
+                    os.replace(path + ".new", path)
+                    server.process.send_signal(signal.SIGHUP)
+                    until(lambda: b" s, reloaded\n" in server.log)
+                    for n in range(0, 2000, 100):
+                        self.assertEqual(client.ask(key(n))[2], b"%d new" % n)
+
+    def test_a_file_that_changes_all_the_time(self):
+        """While clients ask: no value of another key, none that is half old and half new."""
+        values = [b"%d " % n * 900 for n in range(10)]
+        lines = [b"".join(key(n) + b" " + value + b"\n" for n in range(300)) for value in values]
+        with data_file(lines[0]) as path, Serving(path, "--sorted") as server:
+            stop = threading.Event()
+
+            def rewrite():
+                with open(path, "r+b", 0) as file:
+                    for content in itertools.cycle(lines):
+                        if stop.is_set():
+                            break
+                        os.pwrite(file.fileno(), content, 0)
+
+            writer = threading.Thread(target=rewrite)
+            with server.connect() as client:
+                for n in range(2000):
+                    if n == 100:
+                        writer.start()
+                    status, _, body = client.ask(key(n % 300))
+                    self.assertTrue(status == 500 or body in values, body)
+                stop.set()
+                writer.join()
+                self.assertEqual(client.ask(b"")[0], 200)
 
 
 class CommandLineTest(ExampleTest):
@@ -547,6 +725,9 @@ class CommandLineTest(ExampleTest):
             ((), 2, r"kv: [^\n]*serve \| get[^\n]*\n"),
             (("fetch",), 2, "kv: [^\n]*fetch[^\n]*\n"),
             (("serve",), 2, "kv: [^\n]*FILE[^\n]*\n"),
+            (("serve", "-", "--sorted"), 2, "kv: --sorted is for files[^\n]*\n"),
+            (("serve", "-", "--sorted", "--no-check"), 2, "kv: --sorted is for files[^\n]*\n"),
+            (("serve", EXAMPLE, "--no-check"), 2, "kv: [^\n]* --no-check for --sorted[^\n]*\n"),
             (("serve", EXAMPLE, EXAMPLE), 2, "kv: unrecognized arguments: [^\n]*\n"),
             (("serve", EXAMPLE, "--port", "65536"), 2,
              r"kv: argument --port: invalid choice: 65536 \([^\n]*\n"),
@@ -1533,23 +1714,27 @@ class ReloadTest(unittest.TestCase):
             self.assertRegex(server.log, br"kv: 2000 pairs of [^\n]* in \d+\.\d\d s, reloaded\n")
 
     def test_bad_files_leave_the_data(self):
-        with data_file(b"") as path:
-            self.write(path, b"old")
-            with Serving(path) as server, server.connect() as client:
-                for content, fault in ((b"bad", b":1: no version 4 UUID"),
-                                       (b"", b": no pair in it"),
-                                       (None, b": No such file or directory"),
-                                       (key(1) + b" v\n" + key(2)[:20], b":2: no version 4 UUID")):
-                    os.path.exists(path) and os.remove(path)
-                    if content is not None:
-                        with open(path, "wb") as file:
-                            file.write(content)
-                    logged = len(server.log)
-                    server.process.send_signal(signal.SIGHUP)
-                    until(lambda: server.log.endswith(b"kv: the data stays as it was\n", logged))
-                    self.assertIn(b"kv: " + path.encode() + fault, server.log[logged:])
-                    for n in range(0, self.COUNT, 10):
-                        self.assertEqual(client.ask(key(n))[2], b"old %d" % n)
+        for options in ((), ("--sorted",)):
+            with self.subTest(options), data_file(b"") as path:
+                self.write(path, b"old")
+                self.check_bad_files(path, options)
+
+    def check_bad_files(self, path, options):
+        with Serving(path, *options) as server, server.connect() as client:
+            for content, fault in ((b"bad", b":1: no version 4 UUID"),
+                                   (b"", b": no pair in it"),
+                                   (None, b": No such file or directory"),
+                                   (key(1) + b" v\n" + key(2)[:20], b":2: no version 4 UUID")):
+                os.path.exists(path) and os.remove(path)
+                if content is not None:
+                    with open(path, "wb") as file:
+                        file.write(content)
+                logged = len(server.log)
+                server.process.send_signal(signal.SIGHUP)
+                until(lambda: server.log.endswith(b"kv: the data stays as it was\n", logged))
+                self.assertIn(b"kv: " + path.encode() + fault, server.log[logged:])
+                for n in range(0, self.COUNT, 10):
+                    self.assertEqual(client.ask(key(n))[2], b"old %d" % n)
 
     def test_standard_input_cannot_be_reloaded(self):
         with data_file(key(1) + b" value") as path, open(path) as file:
@@ -1624,6 +1809,7 @@ def load(path):
         for line in file:
             key, _, value = line.rstrip(b"\n").partition(b" ")
             pairs[key] = value
+    pairs.pop(b"", None)  # from empty lines
     return pairs
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -1650,15 +1836,18 @@ with urllib.request.urlopen(url + "/" + key) as answer:
     sys.stdout.buffer.write(answer.read() + b"\n")
 '''
 TIMED = "\nimport sys, time; start = time.perf_counter(); pairs = load(sys.argv[2])" \
-        "\nprint(time.perf_counter() - start, len(pairs) - (b'' in pairs))"
+        "\nprint(time.perf_counter() - start, len(pairs))"
 MEASURED = (  # name, what defines its load, what Python runs: before FILE, before URL KEY
     ("kv", "from kv import load", command("serve", "--port", "0")[1:], command("get", "--url")[1:]),
+    ("sorted", "import kv\nload = lambda path: kv.load(path, True)",
+     command("serve", "--port", "0", "--sorted")[1:], command("get", "--url")[1:]),
     ("plain", PLAIN, ["-c", PLAIN, "serve"], ["-c", PLAIN_GET]))  # the last: what others relate to
 FIGURES = (   # what `figures` yields, and whether more is better
-    ("loading: pairs a second", 1), ("loading: MB a second", 1), ("memory: bytes a pair", 0),
+    ("start, until it listens: ms", 0), ("memory: MB resident", 0), ("memory: bytes a pair", 0),
+    ("loading or checking: pairs a second", 1), ("loading or checking: MB a second", 1),
     ("one connection *: p50 in us", 0), ("one connection *: p99 in us", 0),
     ("a new connection each: p50 in us", 0), ("a new connection each: p99 in us", 0),
-    ("4 processes, 4 connections each *: answers a second", 1), ("get, as a process: ms", 0))
+    ("16 connections *: answers a second", 1), ("get, as a process: ms", 0))
 
 
 def tell(text):
@@ -1755,16 +1944,18 @@ def resident(server):
         return int(re.search(r"VmRSS:\s+(\d+) kB", file.read()).group(1)) * 1024
 
 
-def figures(server, path, count, sample, line):
+def figures(server, count, sample, line):
     """Yield the FIGURES of one round one by one, so that the servers take turns."""
     name, definition, _, get = server.row
+    yield server.start * 1e3
+    yield server.memory / 1e6
+    yield (server.memory - server.empty) / count
     tell("loading: " + name)
-    seconds, loaded = map(float, python("-c", definition + TIMED, "load", path).split())
+    seconds, loaded = map(float, python("-c", definition + TIMED, "load", server.path).split())
     if loaded != count:
         raise AssertionError("%s loaded %d pairs of %d" % (name, loaded, count))
     yield count / seconds
-    yield os.path.getsize(path) / 1e6 / seconds
-    yield server.memory / count
+    yield os.path.getsize(server.path) / 1e6 / seconds
     for fields in (b"", b"Connection: close\r\n"):
         tell("one request after the other: " + name)
         _, median, high = clients(server, sample, fields)
@@ -1783,12 +1974,15 @@ def figures(server, path, count, sample, line):
 
 def bench(path=None):
     """Print the FIGURES of all MEASURED with the data file at `path`, or one that is made up."""
+    global PATIENCE
+    PATIENCE = 3600  # for large files
     for name in {"SIGTERM", "SIGHUP"}.intersection(dir(signal)):
         signal.signal(getattr(signal, name), signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         stack.callback(tell, "")
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        made, sample, one = (os.path.join(folder, name) for name in ("data", "sample", "one"))
+        made, ordered, sample, one = (os.path.join(folder, name)
+                                      for name in ("data", "sorted", "sample", "one"))
         if not path:
             tell("making up data")
             with open(made, "wb") as file:
@@ -1797,32 +1991,35 @@ def bench(path=None):
         with open(path, "rb") as file:
             lines = [line.rstrip(b"\n") + b"\n" for line in file if line != b"\n"]
         count, some = len(lines), random.sample(lines, min(1000, len(lines)))
-        del lines
-        for name, part in ((sample, some), (one, some[:1])):
+        lines = sorted(line[:36].lower() + line[36:] for line in lines)
+        for name, part in ((ordered, lines), (sample, some), (one, some[:1])):
             with open(name, "wb") as file:
                 file.writelines(part)
+        del lines
         servers = []
         for row in MEASURED:
             tell("starting: " + row[0])
-            python("-c", row[1] + TIMED, "load", path)  # fails if there is a fault in the file
             serve = [sys.executable] + row[2]
             with Serving(command=serve + [one], start_new_session=True) as server:
                 empty = resident(server)  # the same program, with no data to speak of
-            server = stack.enter_context(Serving(command=serve + [path], start_new_session=True))
-            server.row, server.memory = row, resident(server) - empty if empty else 0
+            here = ordered if row[0] == "sorted" else path
+            start = time.perf_counter()
+            server = stack.enter_context(Serving(command=serve + [here], start_new_session=True))
+            server.start, server.path = time.perf_counter() - start, here
+            server.row, server.empty, server.memory = row, empty, resident(server)
             servers.append(server)
-        rounds = [list(zip(*(figures(server, path, count, sample, some[0])
-                             for server in servers))) for _ in range(ROUNDS)]
+        rounds = [list(zip(*(figures(server, count, sample, some[0]) for server in servers)))
+                  for _ in range(ROUNDS)]
         tell("")
         print("%s processors, %s %s, %s; %d pairs, %.1f MB; medians of %d rounds" % (
             os.cpu_count(), platform.python_implementation(), platform.python_version(),
             platform.platform(), count, os.path.getsize(path) / 1e6, ROUNDS))
-        print("%-52s" % "" + "".join("%12s" % row[0] for row in MEASURED) + "  better by")
+        print("%-36s" % "" + "".join("%11s" % row[0] for row in MEASURED) + "   kv better by")
         for number, (title, more) in enumerate(FIGURES):
-            *values, plain = [statistics.median(v) for v in zip(*(r[number] for r in rounds))]
-            if plain:
-                print("%-52s" % title + "".join("{:12,.0f}".format(v) for v in values + [plain])
-                      + "".join("%9.1f x" % (v / plain if more else plain / v) for v in values))
+            values = [statistics.median(v) for v in zip(*(r[number] for r in rounds))]
+            if all(values):
+                print("%-36s" % title + "".join("{:11,.0f}".format(v) for v in values)
+                      + "%13.1f x" % (values[0] / values[-1] if more else values[-1] / values[0]))
         print("* plain speaks HTTP/1.0 and closes: a new connection for each request")
 
 
