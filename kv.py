@@ -132,8 +132,7 @@ def load(path, is_sorted=False, check=True, pause=0):
                     while len(pairs) > known:  # take out again what came in last
                         pairs.popitem()
                     for number, line in enumerate(piece[:-1].split(b"\n"), lines + 1):
-                        known = len(pairs)
-                        key = line[:36] if is_sorted else line[:36].lower()
+                        known, key = len(pairs), line[:36] if is_sorted else line[:36].lower()
                         pairs.update(all_pairs(key + line[36:] + b"\n"))
                         if line and len(pairs) == known:
                             bad.append("%s:%d: %s: %r" % (
@@ -145,7 +144,8 @@ def load(path, is_sorted=False, check=True, pause=0):
                 if spent > PROGRESS_SECONDS and sys.stderr and sys.stderr.isatty():
                     log("%s %% read, %d pairs, %d a second" % (
                         done * 100 // size if size else "?", len(pairs), len(pairs) / spent), "%s ")
-                time.sleep(pause)
+                if pause:  # even none takes a while
+                    time.sleep(pause)
             if file.seekable() and stamp(os.fstat(file.fileno())) != (size, date):
                 raise OSError(0, "changed while it was read")
     except (OSError, MemoryError) as error:
@@ -322,7 +322,7 @@ class Server(http.server.ThreadingHTTPServer):
         old = self.pairs
         try:
             log(self.read(RELOAD_PAUSE) + ", reloaded")
-        except ValueError as error:
+        except Exception as error:
             return log("%s\nthe data stays as it was" % error)
         while isinstance(old, dict) and old:  # to forget millions at once would hold up all threads
             for _ in range(min(len(old), FORGET_PAIRS)):
