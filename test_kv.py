@@ -1797,6 +1797,247 @@ class ReloadTest(unittest.TestCase):
                 self.assertEqual(client.ask(KEY)[2], VALUE)
 
 
+def readme():
+    """Return the text (str) of README.md, "" where the tests were copied without it."""
+    with contextlib.suppress(OSError), open(os.path.join(HERE, "README.md"), "rb") as file:
+        return file.read().decode()
+    return ""
+
+
+def program(name):
+    """Return the path of a program, on PATH or where only root's PATH leads, or None."""
+    import shutil
+    return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+
+
+@ON_POSIX
+@unittest.skipUnless(readme(), "needs README.md")
+class ReadmeTest(unittest.TestCase):
+    """What README.md shows, word for word, in a folder with nothing but kv.py and example.data."""
+
+    ATTENDED = r"\b(sudo|systemctl|unittest|bench|nginx|haproxy)\b"  # not run by a test
+
+    def test_its_length_and_its_top(self):
+        lines = readme().splitlines()
+        self.assertLessEqual(len(lines), 300)
+        for text in ("python kv.py serve example.data", "python kv.py get "):
+            self.assertIn(text, "\n".join(lines[:20]))
+
+    def examples(self):
+        """Return each command after `    $ ` and the list of the indented lines after it."""
+        found, inside = [], False
+        for line in readme().splitlines():
+            starts = line.startswith("    $ ")
+            inside = starts or inside and (line.startswith("    ") or not line)
+            if starts:
+                found.append((line[6:], []))
+            elif inside:
+                found[-1][1].append(line[4:])
+        return found
+
+    def same(self, output, lines):
+        """Compare what a command has written (bytes) with lines of README.md, save the times."""
+        def plain(text):
+            text = re.sub(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", "DATE", text)
+            return re.sub(r" in \d+\.\d\d s\b", " in SECONDS", text).strip("\n").split("\n")
+
+        self.assertEqual(plain(output.decode().replace("\r\n", "\n")), plain("\n".join(lines)))
+
+    def test_examples(self):
+        from unittest import mock
+        examples = self.examples()
+        self.assertIn("python kv.py get", [line[:16] for line, _ in examples])
+        with contextlib.ExitStack() as stack, contextlib.ExitStack() as server:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            programs = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(mock.patch.dict(
+                os.environ, PATH=programs + os.pathsep + os.environ["PATH"], CURL_HOME=programs))
+            for name in ("kv.py", "example.data"):
+                with open(os.path.join(HERE, name), "rb") as file:
+                    content = file.read()
+                with open(os.path.join(folder, name), "wb") as file:
+                    file.write(content)
+            for name, content in (("python", '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable),
+                                  (".curlrc", "silent\n")):  # as it is when on a terminal
+                with open(os.path.join(programs, name), "w") as file:
+                    file.write(content)
+                os.chmod(file.name, 0o700)
+
+            def serve(line, lines):
+                server.close()  # the one before, on the same port
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 8000), 1):
+                    self.skipTest("port 8000 is taken")
+                started = Serving(command=["sh", "-c", "exec " + line.rstrip(" &")], cwd=folder)
+                server.enter_context(started)
+                self.same(started.log, lines or [started.log.decode()])
+
+            serve("python kv.py serve example.data", [])
+            for line, lines in examples:
+                with self.subTest(line):
+                    if re.search(self.ATTENDED, line):
+                        self.skipTest("not for a test")
+                    if "curl " in line and not program("curl"):
+                        self.skipTest("needs curl")
+                    if " serve " in line and (line.endswith("&") or " on http://" in str(lines)):
+                        serve(line, lines)
+                        continue
+                    done = subprocess.run(
+                        ["sh", "-c", line], cwd=folder, env=environment(), timeout=PATIENCE,
+                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                    self.same(done.stdout, lines)
+
+
+@ON_POSIX
+@unittest.skipUnless(readme(), "needs README.md")
+class ProxyTest(unittest.TestCase):
+    """README.md's configurations of proxies, with other ports, in front of real servers."""
+
+    ODD = [(b"%x" % (n % 16) + key(n)[1:], value) for n, value in enumerate(DataFileTest.VALUES)]
+    COUNT = 1000
+
+    @contextlib.contextmanager
+    def proxy(self, name, folder, servers):
+        """Run what README.md has the file `name` for, in `folder`; yields where it answers."""
+        block = re.search(r"(?m)^    # %s, run by: (.*)\n((?:    .*\n)+)" % name, readme())
+        arguments = block.group(1).split()
+        arguments[0] = program(arguments[0]) or self.skipTest("needs " + arguments[0])
+        address = ("127.0.0.1", free_port(0, 1))
+        ports = {"8080": address[1]}
+        ports.update(("%d" % n, server.port) for n, server in enumerate(servers, 8001))
+        with open(os.path.join(folder, name), "w") as file:
+            file.write(re.sub(r"\b80\d\d\b", lambda port: str(ports.pop(port.group())),
+                              block.group(2)))
+        self.assertEqual(ports, {})
+        with open(os.path.join(folder, "log"), "w+") as log:
+            process = subprocess.Popen(arguments, cwd=folder, stdout=log, stderr=log)
+
+            def listens():
+                if process.poll() is not None:
+                    log.seek(0)
+                    self.fail(log.read())
+                with contextlib.suppress(OSError), Connection(address):
+                    return True
+
+            try:
+                until(listens)
+                yield address
+            finally:
+                process.terminate()
+                process.wait(PATIENCE)
+
+    def check(self, address, server):
+        """Whatever is asked at `address` is answered as by `server`."""
+        keys = [k for k, _ in self.ODD]
+        with Connection(address) as client, server.connect() as direct:
+            for k, value in self.ODD:
+                self.assertEqual(client.ask(k)[::2], (200, value))
+                self.assertEqual(client.ask(k.upper())[::2], (200, value))
+            for method, target in itertools.product(("GET", "HEAD", "POST"), keys + [
+                    b"F" + ABSENT[1:], ABSENT, KEY[1:], b"%33" + KEY[1:], KEY + b"?", b"/" + KEY,
+                    b"nonsense"]):
+                with self.subTest(method=method, target=target):
+                    answers = [connection.ask(target, method, b"Accept-Encoding: gzip\r\n")
+                               for connection in (client, direct)]
+                    for _, fields, _ in answers:
+                        fields.pop("connection", None)
+                        fields.update(date="", server="")
+                    self.assertEqual(*answers)
+
+    def ask(self, address, keys):
+        """Ask for `keys` on one connection for as long as it is kept; yield statuses and bodies."""
+        client = None
+        with contextlib.ExitStack() as stack:
+            for k in keys:
+                client = client or stack.enter_context(Connection(address))
+                status, fields, body = client.ask(k)
+                if fields.get("connection") == "close":
+                    client = stack.close()
+                yield status, body
+
+    def test_shards(self):
+        with open(EXAMPLE, "rb") as file:
+            lines = file.read().split(b"\n")[:-1]
+        odd = [k.upper() + b" " + value for k, value in self.ODD]
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            path = os.path.join(folder, "example.data")
+            with open(path, "wb") as file:
+                file.write(b"\n\n".join(lines + odd))
+            script = "".join(re.findall(r"(?m)^    (.* grep .*\n)", readme()))
+            subprocess.run(["sh", "-e", "-c", script], cwd=folder, check=True, timeout=PATIENCE)
+            servers = [stack.enter_context(Serving(os.path.join(folder, "%d.data" % n)))
+                       for n in range(4)]
+            address = stack.enter_context(self.proxy("shards.conf", folder, servers))
+            self.check(address, stack.enter_context(Serving(path)))
+            with Connection(address) as client:
+                self.assertRegex(client.ask(b"")[2], br"\A\d{4} pairs of 0\.data, ")
+
+            def ask(*lines):
+                return list(self.ask(address, (line[:36] for line in lines)))
+
+            for part, running in side_by_side(ask, [lines[n::4] for n in range(4)]):
+                self.assertEqual(running.result(), [(200, line[37:]) for line in part])
+            self.assertEqual(len(lines), 10000)
+
+    def test_replicas(self):
+        rows = (("replicas.conf",), ("haproxy.cfg",))
+        for row, running in side_by_side(self.replicas, rows):
+            with self.subTest(*row):
+                running.result()
+
+    def write(self, path, word):
+        with open(path + ".new", "wb") as file:
+            file.writelines(key(n + 100) + b" %b %d\n" % (word, n) for n in range(self.COUNT))
+            file.writelines(k + b" " + value + b"\n" for k, value in self.ODD)
+        os.replace(path + ".new", path)
+
+    def replicas(self, name):
+        """Restart one after the other, then reload both, while clients ask on."""
+        asked, seen, stop = itertools.cycle(range(self.COUNT)), set(), threading.Event()
+
+        def ask():
+            numbers, asking = [], itertools.takewhile(lambda _: not stop.is_set(), asked)
+            for status, body in self.ask(address, (
+                    numbers.append(n) or key(n + 100) for n in asking)):
+                self.assertEqual((status, body.split()[1:]), (200, [b"%d" % numbers[-1]]), body)
+                seen.add(body.split()[0])
+
+        def wait(*words):  # until these are the first ones of answers that have come since
+            seen.clear()
+            until(lambda: seen.issuperset(words) or any(client.done() for client in clients))
+
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            paths = [os.path.join(folder, name) for name in ("one", "two")]
+            servers = [None, None]
+
+            def start(n, port):
+                servers[n] = stack.enter_context(Serving(paths[n], "--port", str(port)))
+
+            for n, path in enumerate(paths):
+                self.write(path, b"first%d" % n)
+                start(n, free_port(0, 1))
+            address = stack.enter_context(self.proxy(name, folder, servers))
+            self.check(address, servers[0])
+            stack.callback(stop.set)
+            clients = [pool.submit(ask) for _ in range(4)]
+            wait(b"first0", b"first1")
+            for n, path in enumerate(paths):
+                self.write(path, b"again%d" % n)
+                self.assertEqual(servers[n].stop(), 0)
+                wait(*[b"first1", b"again0"][n:n + 1])
+                time.sleep(0.2)  # while only the other one answers
+                start(n, servers[n].port)
+                wait(b"again%d" % n)
+            for n, path in enumerate(paths):
+                self.write(path, b"reloaded%d" % n)
+                servers[n].process.send_signal(signal.SIGHUP)
+            wait(b"reloaded0", b"reloaded1")
+            stop.set()
+            for client in clients:
+                client.result()
+
+
 # The benchmark
 
 APART = {"env": environment(PYTHONPATH=HERE), "start_new_session": True}  # out of reach of Ctrl-C
