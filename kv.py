@@ -146,8 +146,8 @@ def load(path, is_sorted=False, check=True, pause=0):
                         done * 100 // size if size else "?", len(pairs), len(pairs) / spent), "%s ")
                 if pause:  # even none takes a while
                     time.sleep(pause)
-            if file.seekable() and stamp(os.fstat(file.fileno())) != (size, date):
-                raise OSError(0, "changed while it was read")
+            if stamp(os.fstat(file.fileno())) != (size, date) if file.seekable() else is_sorted:
+                raise OSError(0, "changed while it was read" if file.seekable() else "a pipe")
     except (OSError, MemoryError) as error:
         raise ValueError("%s: %s" % (name, getattr(error, "strerror", "too large for the memory")))
     bad += ["%s: and %d more bad lines" % (name, more)] if more else []
@@ -265,7 +265,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 status, body = 500, b"the server failed, its log says how\n"
             if body is None:
                 status, body = 404, b"the data has no such key\n"
-        self.close_connection = last or self.server.stopping
+        self.close_connection = last or self.server.stopping and not self.received
         close = b"Connection: close\r\n" if self.close_connection else b""
         content = b"" if status == 204 else CONTENT % len(body)  # RFC 9110 section 8.6
         if status == 204 or self.head.startswith(b"HEAD "):
@@ -344,7 +344,7 @@ class Server(http.server.ThreadingHTTPServer):
             request.shutdown(socket.SHUT_RDWR if at_once else socket.SHUT_RD)
 
     def get_request(self):  # raises OSError if there is no room, having tried to make some
-        with contextlib.suppress(OSError, RuntimeError):  # too many open files, or threads
+        with contextlib.suppress(Exception):  # such as for too many open files, or threads
             if len(self.connections) < self.options.max_connections:
                 if len(self.connections) == self.threads:
                     threading.Thread(target=self.work, daemon=True).start()

@@ -1777,6 +1777,28 @@ class ReloadTest(unittest.TestCase):
                     else:
                         self.assertEqual(answer[::2], (200, b"value %d" % number))
 
+    def test_stop_answers_each_of_the_requests_that_came_together(self):
+        batch = b"GET /" + KEY + b" HTTP/1.1\r\nHost: kv\r\n\r\n"
+        counts = []
+
+        def ask(client):
+            with contextlib.suppress(EOFError, ConnectionError):
+                while True:
+                    counts.append(0)
+                    client.send(batch * 40)
+                    for counts[-1] in range(1, 41):
+                        self.assertEqual(client.answer()[::2], (200, VALUE))
+
+        for _ in range(3):
+            with Serving(EXAMPLE) as server, server.connect() as client:
+                asked = len(counts)
+                asking = threading.Thread(target=ask, args=(client,))
+                asking.start()
+                until(lambda: len(counts) > asked + 20)
+                self.assertEqual(server.stop(), 0)
+                asking.join()
+        self.assertLessEqual(set(counts), {0, 40})
+
     def test_a_second_signal_ends_it_now(self):
         with data_file(key(1) + b" " + b"x" * 20000000) as path, Serving(path) as server:
             with server.connect() as client:
