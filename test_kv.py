@@ -1786,8 +1786,9 @@ class ReloadTest(unittest.TestCase):
                 while True:
                     counts.append(0)
                     client.send(batch * 40)
-                    for counts[-1] in range(1, 41):
+                    for _ in range(40):
                         self.assertEqual(client.answer()[::2], (200, VALUE))
+                        counts[-1] += 1
 
         for _ in range(3):
             with Serving(EXAMPLE) as server, server.connect() as client:
