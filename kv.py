@@ -63,9 +63,8 @@ class Sorted:
     """The pairs of a file in byte order of its lower-case keys, looked up in the file itself.
 
     Version 4 UUIDs are random, so where a key stands follows from its value: `get` reads a page
-    there, narrows the range by the keys in it, and computes again. That is two or three reads, and
-    as every fourth one halves the range, at most 4 log2(file / page) and, for a long value,
-    log4(value / page). To `load`, it looks like a dict that refuses keys out of order."""
+    there, narrows the range by the keys in it, and computes again: two or three reads. As every
+    fourth halves the range, never over 4 log2(file / page), and log4(value / page) for a value."""
     def __init__(self, file):
         self.file, self.last, self.count = open(os.dup(file.fileno()), "rb", 0), b"", 0
         self.stamp = stamp(os.fstat(file.fileno()))
@@ -73,7 +72,7 @@ class Sorted:
     def __len__(self):
         return self.count
 
-    def update(self, found):  # counts the pairs if all keys ascend, or none
+    def update(self, found):  # as of a dict, with all pairs if their keys ascend, or none
         keys = [self.last] + [key for key, _ in found]
         if all(map(operator.lt, keys, keys[1:])):
             self.last, self.count = keys[-1], self.count + len(found)
@@ -107,12 +106,12 @@ class Sorted:
 
 def fault(line, is_sorted):
     """Return what is wrong (str) with a `line` (bytes) that gave no new pair."""
-    return ("a byte order mark, where a key should begin"
-            if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"))
+    return "%s: %r" % (
+            "a byte order mark" if re.match(b"\xef\xbb\xbf|\xff\xfe|\xfe\xff", line)
             else "no version 4 UUID at the start of the line" if not is_key(line[:36].lower())
             else "no space after the key" if line[36:37] != b" "
             else "the key already stood on another line" if not is_sorted
-            else "the key is not above the last one and in lower case (LC_ALL=C sort)")
+            else "the key is not above the last one and in lower case (LC_ALL=C sort)", line[:50])
 
 
 def load(path, is_sorted=False, check=True, pause=0):
@@ -135,8 +134,7 @@ def load(path, is_sorted=False, check=True, pause=0):
                         known, key = len(pairs), line[:36] if is_sorted else line[:36].lower()
                         pairs.update(all_pairs(key + line[36:] + b"\n"))
                         if line and len(pairs) == known:
-                            bad.append("%s:%d: %s: %r" % (
-                                name, number, fault(line, is_sorted), line[:50]))
+                            bad.append("%s:%d: %s" % (name, number, fault(line, is_sorted)))
                     more += len(bad[BAD_LINES_SHOWN:])
                     del bad[BAD_LINES_SHOWN:]
                 lines += count
@@ -159,9 +157,8 @@ def load(path, is_sorted=False, check=True, pause=0):
 # From a head to a look-up: the grammar of RFC 9112, to which the sections below refer
 TOKEN = br"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                        # RFC 9110 section 5.6.2
 FIELD = TOKEN + br":[\t -~\x80-\xff]*\r\n"                     # section 5
-NAME = br"(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+"      # RFC 3986 section 3.2.2, no lists
-HOST = br"(?:\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|" + NAME + b")(?::[0-9]{0,5})?"
-# the plain head: GET of a key, and no field that changes what that means
+HOST = (br"(?:\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"
+        br"(?::[0-9]{0,5})?")                                  # RFC 3986 section 3.2.2, no lists
 PLAIN = (br"(?:(?!(?i:Host|Connection|Expect|Content-Length|Transfer-Encoding):)" + FIELD
          + br"|(?i:Connection:[\t ]*(?:keep-alive|(close)))[\t ]*\r\n)*")
 plain_head = re.compile(b"GET /((?i:" + KEY + br")) HTTP/1\.1\r\n" + PLAIN + br"(?i:Host):[\t ]*"
@@ -171,37 +168,35 @@ TARGET = br"(?:[!$&-;=?-Z\[\]_a-z~]|%[0-9A-Fa-f]{2})+"          # RFC 3986 appen
 request_line = re.compile(b"(%b) (%b) HTTP/([0-9]\\.[0-9])\r\n" % (TOKEN, TARGET)).match
 is_lines = re.compile(br"(?:[^\r\n]+(?:\r\n[^\r\n]*)*)?\r?").fullmatch
 is_fields = re.compile(b"(?:" + FIELD + br")*\r\n").fullmatch
+says_close = re.compile(br"(?i)\nConnection:(?:[^\r]*,)?[\t ]*close[\t ]*[,\r]").search
 is_chunked = re.compile(br"(?i)(?:(?!chunked[\t ,])" + TOKEN + br"[\t ]*,[\t ]*)*chunked").fullmatch
 path = re.compile(b"(?:(?i:http)://" + HOST + b"(?![^/?])|(?=/))/?(.*)").fullmatch
 
 
 def rules(head):
-    """Yield of each rule whether `head` (bytes) keeps it, and if not, the status (0: more has to
-    come), text (with 200: a key) and end of its answer."""
+    """Yield of each rule if `head` (bytes) keeps it, and the status, text and end to answer if not."""
     yield not re.match(br"[^\r\n]{%d}" % (LINE_BYTES + 1), head), 414, b"too long a line"
     yield is_lines(head[:HEAD_BYTES + 1]), 400, b"a CR or LF where none belongs (section 2.2)"
     yield len(head) <= HEAD_BYTES, 431, b"a head over %d bytes" % HEAD_BYTES
-    yield head.endswith(b"\r\n\r\n"), 0, b""
+    yield head.endswith(b"\r\n\r\n"), 0, b"more has to come"
     line = request_line(head)
     yield line, 400, b"not METHOD TARGET HTTP/1.1 (section 3)"
     yield is_fields(head, line.end()), 400, b"a line that is not NAME: VALUE (section 5)"
     method, target, version = line.groups()
-    fields = {}
-    for name, value in re.findall(br"\n([^:\r]+):[\t ]*([^\r]*?)[\t ]*\r", head.lower()):
-        fields[name] = fields[name] + b"\n" + value if name in fields else value  # none has an LF
-    host = fields.get(b"host", b"" if version == b"1.1" else b"none")
-    size, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
-    has_body = (size, coding) not in ((None, None), (b"0", None))
+    host, size, coding, expect = (
+        re.findall(br"\n%b:[\t ]*([^\r]*?)[\t ]*\r" % name, head.lower())
+        for name in (b"host", b"content-length", b"transfer-encoding", b"expect"))
+    has_body = coding or size not in ([], [b"0"])
     yield version in (b"1.0", b"1.1"), 505, b"a version other than 1.1 and 1.0 (section 2.3)"
-    yield re.fullmatch(HOST, host), 400, b"not exactly one Host, of host or host:port (section 3.2)"
+    yield (not host and version == b"1.0" or re.fullmatch(HOST, b",".join(host)),
+           400, b"not exactly one Host, of host or host:port (section 3.2)")
     yield (path(target) or method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"),
            400, b"a target that is neither /KEY nor http://HOST/KEY (section 3.2)")
     yield (not has_body or method not in (b"GET", b"HEAD") and (
-        size.isdigit() if coding is None else is_chunked(coding) and not size),
+        is_chunked(b",".join(coding)) and not size if coding else b",".join(size).isdigit()),
            400, b"a body on GET or HEAD, or of unknown size (section 6.3)")
-    yield fields.get(b"expect") in (None, b"100-continue"), 417, b"expects not 100-continue"
-    options = map(bytes.strip, re.split(b"[\n,]", fields.get(b"connection", b"")))
-    last = has_body or version == b"1.0" or b"close" in options  # sections 6.3 and 9.3
+    yield expect in ([], [b"100-continue"]), 417, b"expects not 100-continue"
+    last = has_body or version == b"1.0" or says_close(head)  # sections 6.3 and 9.3
     yield method != b"OPTIONS", 204, b"", last
     yield (method not in (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH"),
            405, b"a method other than GET and HEAD", last)
@@ -220,39 +215,34 @@ CONTENT = b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n"
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """A connection: `request` is its socket, `head` what it asks, `received` what came after."""
-    head, received, size = b"", b"", 0
-    end = since = NEVER  # when its time is up, and since when it waits for its client to send
+    head, received, size, end, since = b"", b"", 0, NEVER, NEVER
 
     def setup(self):
         self.server.connections[self.request] = self
 
-    def allow(self, seconds, waits=True):
+    def allow(self, seconds, waits=True):  # until its `end`, and note `since` when it waits
         now = time.monotonic()
         self.end, self.since = now + seconds, now if waits else NEVER
 
     def handle_one_request(self):  # receives as much as it needs
-        if not self.received:
-            self.allow(IDLE_SECONDS)
-            self.received = self.request.recv(RECEIVE_BYTES)
-        self.head = self.received
-        plain = plain_head(self.head)
+        self.allow(IDLE_SECONDS)
+        self.received = self.received or self.request.recv(RECEIVE_BYTES)
+        plain = plain_head(self.received)
         if plain:
-            self.received = self.head[plain.end():]
-            return self.answer(200, plain.group(1).lower(), plain.lastindex > 1)
+            return self.answer(plain.end(), 200, plain.group(1).lower(), plain.lastindex > 1)
         self.allow(HEAD_SECONDS)
         more = self.close_connection = True
         while more:  # what breaks a rule is refused as soon as it is there, however the bytes come
-            found = next_head(self.received)
-            self.head = found.group(1)
-            answer = next(rule[1:] for rule in rules(self.head) if not rule[0])
+            head = next_head(self.received)
+            answer = next(rule[1:] for rule in rules(head.group(1)) if not rule[0])
             if answer[0]:
-                self.received = self.received[found.end():]
-                return self.answer(*answer)
+                return self.answer(head.end(), *answer)
             more = self.request.recv(RECEIVE_BYTES)
             self.received += more
 
-    def answer(self, status, text, last=True):
-        """Send `status` (int) and a line of `text` (bytes), with 200 the value of that key."""
+    def answer(self, size, status, text, last=True):
+        """Answer a head of `size` bytes by a line of `text` (bytes), or at 200 that key's value."""
+        self.head, self.received = self.received[:size].lstrip(), self.received[size:]
         body = text + b"\n"
         if status == 200:
             pairs = body = None
@@ -268,8 +258,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = last or self.server.stopping and not self.received
         close = b"Connection: close\r\n" if self.close_connection else b""
         content = b"" if status == 204 else CONTENT % len(body)  # RFC 9110 section 8.6
-        if status == 204 or self.head.startswith(b"HEAD "):
-            body = b""
+        body = b"" if status == 204 or self.head.startswith(b"HEAD ") else body
         if self.server.options.verbose:  # in Common Log Format
             line = repr(self.head.partition(b"\r\n")[0])[2:-1].replace('"', r'\"')
             client, now = self.client_address[0], time.strftime("%d/%b/%Y:%H:%M:%S %z")
@@ -289,9 +278,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     """The pairs, the port, and the threads, each of which is used again and again."""
-    request_queue_size = 1000                 # that the system keeps until they are accepted
-    allow_reuse_address = os.name == "posix"  # elsewhere it lets two programs share a port
-    allow_reuse_port = False                  # as this does, which newer Pythons turn on
+    request_queue_size = 1000  # that the system keeps until they are accepted
+    allow_reuse_address, allow_reuse_port = os.name == "posix", False  # no two on one port
     server_bind = http.server.socketserver.TCPServer.server_bind  # without a DNS look-up
     stopping, threads, next_look = False, 0, 0  # the last is when service_actions has to do
 
@@ -309,11 +297,10 @@ class Server(http.server.ThreadingHTTPServer):
     def read(self, pause=0):
         """Load the file and answer from it. Returns a text (str) on that. Raises ValueError."""
         start, file, now = time.monotonic(), self.options.file, email.utils.formatdate(usegmt=True)
-        pairs = load(file, self.options.sorted, self.options.check, pause)
-        count, name = len(pairs) or "unchecked", file or "standard input"
+        self.pairs = load(file, self.options.sorted, self.options.check, pause)
+        count, name = len(self.pairs) or "unchecked", file or "standard input"
         self.summary = ("%s pairs of %s, since %s\nask for one by GET /KEY, a version 4 UUID\n" % (
             count, os.path.basename(name), now)).encode("utf-8", "surrogateescape")
-        self.pairs = pairs
         return "%s pairs of %s in %.2f s" % (count, name, time.monotonic() - start)
 
     def reload(self):  # beside answering; a file that is refused changes nothing
@@ -336,12 +323,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.fields = b"Server: kv/%b\r\nX-Content-Type-Options: nosniff\r\nDate: %b\r\n" % (
                 __version__.encode(), email.utils.formatdate(usegmt=True).encode())
             for request, handler in self.connections.copy().items():
-                if now > handler.end:
-                    self.end(request, handler.since == NEVER)
-
-    def end(self, request, at_once=False):  # or when all is answered that has been received
-        with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_RDWR if at_once else socket.SHUT_RD)
+                if now > handler.end or self.stopping:
+                    with contextlib.suppress(OSError):  # what has come is answered at a stop
+                        request.shutdown(socket.SHUT_RD if self.stopping else socket.SHUT_RDWR)
 
     def get_request(self):  # raises OSError if there is no room, having tried to make some
         with contextlib.suppress(Exception):  # such as for too many open files, or threads
@@ -352,8 +336,8 @@ class Server(http.server.ThreadingHTTPServer):
                 return super().get_request()
         self.closed.clear()
         waiting = [handler for handler in self.connections.copy().values() if handler.since < NEVER]
-        if waiting:
-            self.end(min(waiting, key=lambda handler: handler.since).request)
+        with contextlib.suppress(OSError, ValueError):  # there may be none
+            min(waiting, key=lambda handler: handler.since).request.shutdown(socket.SHUT_RD)
         self.closed.wait(POLL_SECONDS)
         raise OSError("no room")
 
@@ -362,8 +346,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.accepted.put((request, client_address))
 
     def work(self):
-        while True:
-            request, client_address = self.accepted.get()
+        for request, client_address in iter(self.accepted.get, None):
             self.process_request_thread(request, client_address)
             del self.connections[request]
             self.closed.set()
@@ -376,9 +359,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping, end = True, time.monotonic() + LAST_SECONDS
         self.shutdown()
         self.server_close()
-        for request in self.connections.copy():
-            self.end(request)
         while self.connections and time.monotonic() < end:
+            self.service_actions()
             time.sleep(POLL_SECONDS / 10)
 
 
@@ -414,8 +396,7 @@ def serve(options):
             server.stop()
         return log("stopped")
     except (OSError, UnicodeError) as error:
-        log("cannot listen on %s:%d: %s" % (
-            options.host, options.port, getattr(error, "strerror", error)))
+        log("cannot listen on %s:%d: %s" % (options.host, options.port, error.args[-1]))
     except ValueError as error:
         log(str(error))
     return 1
@@ -429,10 +410,9 @@ def get(key, url=DEFAULT_URL, timeout=10):
     if uuid.UUID(key).version != 4:
         raise ValueError("not a version 4 UUID")
     try:
-        request = urllib.request.Request("%s/%s" % (url.rstrip("/"), uuid.UUID(key)))
-        local = re.match(r"(localhost|127\.[0-9.]+|\[::1\])(:|$)", (request.host or "").lower())
+        local = re.fullmatch(r"localhost|127\.[\d.]+|::1", str(urllib.parse.urlsplit(url).hostname))
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if local else None))
-        with opener.open(request, timeout=timeout) as answer:
+        with opener.open("%s/%s" % (url.rstrip("/"), uuid.UUID(key)), timeout=timeout) as answer:
             return answer.read()
     except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", None) == 404:
@@ -445,7 +425,7 @@ def print_values(options):
     """Print the values of the keys, "-" for those on standard input. Returns the exit code."""
     code = 0
     try:
-        with open(1, "wb", closefd=False) as output:
+        with contextlib.suppress(BrokenPipeError), open(1, "wb", closefd=False) as output:  # | head
             for key in (line.strip() for key in options.keys for line in (
                     filter(str.strip, open(0, encoding="latin-1", closefd=False))
                     if key == "-" else [key])):
@@ -456,9 +436,8 @@ def print_values(options):
                     log("%s: %s" % (key, error.args[0]))
                     code = max(code, 1 if isinstance(error, KeyError) else 2)
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # `| head` has what it wants
-            log(str(error))
-            code = 2
+        log(str(error))
+        code = 2
     return code
 
 
