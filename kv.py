@@ -157,7 +157,7 @@ def load(path, is_sorted=False, check=True, pause=0):
 # From a head to a look-up: the grammar of RFC 9112, to which the sections below refer
 TOKEN = br"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                        # RFC 9110 section 5.6.2
 FIELD = TOKEN + br":[\t -~\x80-\xff]*\r\n"                     # section 5
-HOST = (br"(?:\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"
+HOST = (br"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"
         br"(?::[0-9]{0,5})?")                                  # RFC 3986 section 3.2.2, no lists
 PLAIN = (br"(?:(?!(?i:Host|Connection|Expect|Content-Length|Transfer-Encoding):)" + FIELD
          + br"|(?i:Connection:[\t ]*(?:keep-alive|(close)))[\t ]*\r\n)*")
@@ -174,7 +174,7 @@ path = re.compile(b"(?:(?i:http)://" + HOST + b"(?![^/?])|(?=/))/?(.*)").fullmat
 
 
 def rules(head):
-    """Yield of each rule if `head` (bytes) keeps it, and the status, text and end to answer if not."""
+    """Yield of each rule if `head` (bytes) keeps it, and if not the answer: status, text, end."""
     yield not re.match(br"[^\r\n]{%d}" % (LINE_BYTES + 1), head), 414, b"too long a line"
     yield is_lines(head[:HEAD_BYTES + 1]), 400, b"a CR or LF where none belongs (section 2.2)"
     yield len(head) <= HEAD_BYTES, 431, b"a head over %d bytes" % HEAD_BYTES
@@ -184,7 +184,7 @@ def rules(head):
     yield is_fields(head, line.end()), 400, b"a line that is not NAME: VALUE (section 5)"
     method, target, version = line.groups()
     host, size, coding, expect = (
-        re.findall(br"\n%b:[\t ]*([^\r]*?)[\t ]*\r" % name, head.lower())
+        [value.strip(b"\t ") for value in re.findall(br"\n%b:([^\r]*)" % name, head.lower())]
         for name in (b"host", b"content-length", b"transfer-encoding", b"expect"))
     has_body = coding or size not in ([], [b"0"])
     yield version in (b"1.0", b"1.1"), 505, b"a version other than 1.1 and 1.0 (section 2.3)"
