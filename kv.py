@@ -4,19 +4,19 @@
     python kv.py serve example.data    answers GET /KEY with the value of KEY in that file
     python kv.py get KEY               asks such a server for the value of KEY
 
-The file reads in the order that the data takes:
+The file reads in the order in which data flows:
 
     Limits             every limit, with its unit
-    Messages           what people read: complaints of a command, the log of a server
-    The data file      parse: a line of the file becomes a pair of a dict
+    Messages           error messages of a command, and the log of a server
+    The data file      parse: a line of the file becomes a pair in a dict
     Sorted files       Sorted: the pairs of a file that is too large for a dict
     Loading            Data: the pairs that are served, now and after a reload
     Requests           judge: the head of a request becomes a verdict
     Answers            answer_head: a status becomes the head of an answer
-    Threads            Handler: what is done for a client that makes the server wait
-    The loop           Server: all the rest, for all clients
-    serve              a command becomes a server that listens
-    get                an answer becomes a value on the terminal
+    Threads            Handler: serves a client that would make the others wait
+    The loop           Server: does everything else, for all clients
+    serve              starts a server
+    get                asks a server
     The command line
 
 A request passes through four methods of Server:
@@ -24,7 +24,7 @@ A request passes through four methods of Server:
     receive            takes what a client has sent
     answer_requests    cuts it into the heads of requests
     answer             has a head judged and its key looked up
-    send               sends all answers at once; the rest, if any, is sent by a Handler
+    send               sends all answers together; what is left, a Handler sends
 """
 import sys
 
@@ -56,7 +56,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from typing import (
-    BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set,
+    BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Optional, Set,
     Tuple, Union)
 
 __version__ = "2.0"
@@ -66,121 +66,145 @@ __version__ = "2.0"
 # Limits
 
 # The data file
-STEP_LINES = 256              # parsed, or pairs freed, between two looks at the requests
-BAD_LINES_SHOWN = 10          # of a file that is refused; the others are counted
-BAD_LINE_BYTES = 50           # shown of each
+STEP_BYTES = 1 << 14          # parsed before requests are looked at again
+STEP_PAIRS = 64               # freed before requests are looked at again
+BAD_LINES_SHOWN = 10          # bad lines that are named; the others are only counted
+BAD_LINE_BYTES = 50           # bytes of a bad line that are shown
 PROGRESS_SECONDS = 1.0        # a load that takes longer shows its progress
 
 # Sorted files
-PAGE_BYTES = 4096             # read at a time in a look-up
-MARK_BYTES = 1 << 16          # from one mark to the next
-MARKS = 20000                 # at most; in larger files they are further apart
+PAGE_BYTES = 4096             # read at a time in a lookup
+MARK_BYTES = 1 << 16          # distance of the marks in a file
+MARKS = 20000                 # largest number of marks; large files have wider distances
 
 # Requests
 RECEIVE_BYTES = 8192          # taken from a connection at a time
-LINE_BYTES = 8000             # of a request line, without its line end
-HEAD_BYTES = 16000            # of a head, with the empty line at its end
-METHOD_BYTES = 17             # of the longest method there is, UPDATEREDIRECTREF
-VERDICTS = 1024               # that are remembered
-VERDICT_BYTES = 2000          # of a head; the verdict on a longer one is not remembered
+LINE_BYTES = 8000             # longest request line, without its CRLF
+HEAD_BYTES = 16000            # longest head, with the empty line at its end
+METHOD_BYTES = 17             # longest method that HTTP defines, UPDATEREDIRECTREF
+VERDICTS = 1024               # number of verdicts that are remembered
+VERDICT_BYTES = 2000          # longest head whose verdict is remembered
 
 # Answers
-PIECE_BYTES = 1 << 14         # of a value; a longer one is sent from where it lies
-SENT_BYTES = 1 << 18          # at a time; a thread sends what is more
-ANSWER_SECONDS = 10           # for a client to take an answer, and one more
-ANSWER_BYTES_A_SECOND = 10000     # for each so many bytes of it
-STALL_SECONDS = 10            # for a client that takes nothing
-LINGER_SECONDS = 3            # for a client whose request was refused to stop sending
+COPIED_BYTES = 1024           # longest value that is copied; others are sent in place
+PIECE_BYTES = 1 << 14         # of a long value in a sorted file, read at a time
+SENT_BYTES = 1 << 18          # most that is sent at a time; a thread sends what is more
+ANSWER_SECONDS = 10           # a client has this time to take an answer, and one more
+ANSWER_BYTES_A_SECOND = 10000     # second for this many bytes of it
+STALL_SECONDS = 10            # a client that takes nothing for this time is closed
+LINGER_SECONDS = 3            # time that a refused client has to stop sending
 
 # Connections
 MAX_CONNECTIONS = 10000       # without --max-connections
-SPARE_DESCRIPTORS = 32        # for other files than connections
+SPARE_DESCRIPTORS = 32        # open files that are not connections
 ACCEPT_QUEUE = 1000           # connections that the system keeps until they are accepted
-IDLE_SECONDS = 650            # between two requests; load balancers close earlier
+IDLE_SECONDS = 650            # between two requests; load balancers close before that
 HEAD_SECONDS = 10             # from the first byte of a head to its last
-DRAIN_SECONDS = 4             # for all connections to end when the server stops
-DRAIN_IDLE_SECONDS = 0.5      # between two requests in that time
+DRAIN_SECONDS = 4             # from a stop to the end of the last connection
+DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
 
 # The loop
 TICK_SECONDS = 0.1            # between two looks at deadlines, signals and the date
-PATIENCE_SECONDS = 0.0001     # of looking for more requests before the loop goes to sleep
+PATIENCE_SECONDS = 0.0001     # time to poll for more requests before going to sleep
 
 # get
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = 10.0        # seconds
 MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
-MAX_VALUE_BYTES = 1 << 31     # that are taken from a server
+MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
+QUOTED_CHARACTERS = 200       # of what a server says, in messages
 
 
 # ---------------------------------------------------------------------------
 # Messages
 
+LOG_LINE_BYTES = getattr(select, "PIPE_BUF", 512)
+
 def escape(text: str) -> str:
-    """Return `text` on one line: all that does not print becomes an escape sequence."""
+    """Return `text` on one line, with nonprintable characters escaped."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shorten(text: str) -> str:
+    """Return the beginning of `text`, escaped."""
+    if len(text) > QUOTED_CHARACTERS:
+        text = text[:QUOTED_CHARACTERS] + "..."
+    return escape(text)
+
+
 def complain(text: str) -> None:
-    """Say what is wrong to whoever runs the command, on standard error, in one or more
-    lines.
-    """
-    if sys.stderr is not None:  # as it is if it was closed before Python started
+    """Print an error message of one or more lines to standard error."""
+    if sys.stderr is None:  # it was closed before Python started
+        return
+    try:
         print("kv: " + text.replace("\n", "\nkv: "), file=sys.stderr)
+    except OSError:
+        pass  # the reader is gone
 
 
 class Log:
     """The log of a server, on standard error. Writing to it never waits.
 
-    A line that standard error does not take at once is lost: neither a pipe that nobody
-    reads nor a terminal that was stopped by Ctrl-S may hold up the server.
+    A line that standard error does not take immediately is lost: neither a pipe that
+    nobody reads nor a terminal stopped by Ctrl-S may hold up the server.
     """
 
     def __init__(self) -> None:
-        self.descriptor = 2
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
-        if self.is_terminal or self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode):
-            # Descriptor 2 is shared with other programs, such as the shell, which must
-            # not find it non-blocking. So the pipe or terminal is opened once more.
+        self.descriptor = 2
+        is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
+        if self.is_terminal or is_pipe:
+            # Descriptor 2 is shared with other programs, such as the shell, and so it
+            # must stay a blocking one. Reopened, the pipe or terminal has a mode of its
+            # own.
             try:
                 self.descriptor = os.open(
                     "/dev/stderr", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            except (OSError, AttributeError):
+            except (OSError, AttributeError):  # Windows lacks these flags
                 pass
 
     def write(self, line: str) -> None:
-        """Write a line, which is given without its newline."""
+        """Write a line, given without its newline. A very long one is cut."""
         if not self.is_open:
             return
+        data = line.encode("utf-8", "backslashreplace")
         try:
-            if os.name == "posix" and not select.select([], [self.descriptor], [], 0)[1]:
-                return
-            os.write(self.descriptor, line.encode("utf-8", "backslashreplace") + b"\n")
+            if os.name == "posix":
+                # For what could not be reopened, this look is all there is.
+                _, writable, _ = select.select([], [self.descriptor], [], 0)
+                if not writable:
+                    return
+            # A pipe that is writable takes this much at once, or nothing.
+            os.write(self.descriptor, data[:LOG_LINE_BYTES - 1] + b"\n")
         except OSError:
-            pass  # nobody reads it any more
+            pass  # the reader is gone
 
     def __call__(self, text: str) -> None:
-        """Write each line of `text`, after the time unless a terminal shows it at once.
+        """Write each line of `text`, with the time unless standard error is a terminal.
         """
-        start = "kv: "
+        prefix = "kv: "
         if not self.is_terminal:
             now = datetime.datetime.now().astimezone()
-            start = f"{now.isoformat(timespec='seconds')} kv: "
+            prefix = f"{now.isoformat(timespec='seconds')} kv: "
         for line in text.split("\n"):
-            self.write(start + line)
+            self.write(prefix + line)
 
 
 # ---------------------------------------------------------------------------
 # The data file
 #
-# A line is a key, one space, a value and a newline. It becomes a pair of a dict, in
+# A line is a key, one space, a value and a newline. It becomes a pair in a dict, in
 # bytes.
 
+# RFC 9562 section 5.4. The keys of a dict are in lower case, those in its file in either.
 KEY = rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-KEY_RE = re.compile(KEY)                                 # RFC 9562 section 5.4
+KEY_IN_EITHER_CASE = (  # (?i) would do, but matches at half the speed
+    rb"[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-4[0-9A-Fa-f]{3}-[89ABab][0-9A-Fa-f]{3}"
+    rb"-[0-9A-Fa-f]{12}")
 KEY_BYTES = 36
-KEY_IN_EITHER_CASE = KEY.replace(b"a-f]", b"a-fA-F]").replace(b"ab]", b"abAB]")
+KEY_RE = re.compile(KEY)
 PAIR_RE = re.compile(rb"(" + KEY_IN_EITHER_CASE + rb") (.*)\n?")
 SORTED_PAIR_RE = re.compile(rb"(" + KEY + rb") (.*)\n?")
 
@@ -190,7 +214,7 @@ UUID_RE = re.compile(
     rb"-[0-9a-f]{12}")
 UUID_WITHOUT_HYPHENS_RE = re.compile(rb"(?i)[0-9a-f]{32}\b")
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
-COMPRESSED = (  # the first bytes of such a file, its format, what unpacks it
+COMPRESSED = (  # first bytes of the file, format, program that decompresses it
     (b"\x1f\x8b", "gzip", "zcat"),
     (b"BZh", "bzip2", "bzcat"),
     (b"\xfd7zXZ\0", "xz", "xzcat"),
@@ -198,50 +222,55 @@ COMPRESSED = (  # the first bytes of such a file, its format, what unpacks it
 )
 
 
-def open_data(path: Union[str, int]) -> BinaryIO:
-    """Open the data file at `path`, or standard input if that is 0. Raises OSError."""
-    if path == 0 and sys.stdin is None:
-        raise OSError(errno.EBADF, "it is closed")
-    file = open(path, "rb", closefd=path != 0)
+def open_data(path: str) -> BinaryIO:
+    """Open the data file at `path`, where "-" is standard input. Raises OSError."""
+    if path != "-":
+        file = open(path, "rb")
+    elif sys.stdin is not None:
+        file = open(0, "rb", closefd=False)
+    else:
+        raise OSError(errno.EBADF, "closed")
     mode = os.fstat(file.fileno()).st_mode
-    if (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)) and not file.isatty():
+    is_device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+    if is_device and not file.isatty():
         file.close()
         raise OSError(errno.EINVAL, "a device, not a file")  # /dev/zero has no end
     return file
 
 
-def data_name(path: Union[str, int]) -> str:
-    """Return what messages call the data file at `path`."""
-    if path == 0:
+def data_name(path: str) -> str:
+    """Return the name of the data file at `path` in messages."""
+    if path == "-":
         return "standard input"
-    return escape(os.fsdecode(path)) or "''"
+    if not path:
+        return "''"
+    return escape(os.fsdecode(path))
 
 
 def stamp(descriptor: int) -> Tuple[int, int]:
-    """Return the size and the modification time of an open file, to tell if it was
-    changed.
-    """
+    """Return size and modification time of an open file, to detect changes."""
     status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns
 
 
-def parse(file: BinaryIO, pairs: "Pairs") -> Iterator[None]:
-    """Store the pairs of `file` in `pairs`, which is empty, and yield every STEP_LINES
-    lines.
+def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, List[str]]:
+    """Store the pairs of `file` in `pairs`, which is empty; yield after every STEP_BYTES.
 
-    Returns what is probably a mistake, each in a few words (a list of str). Raises
-    OSError if the file cannot be read, and ValueError if it is not to be served; then the
-    text says why, with a line for each bad line of the file.
+    `name` is the name of the file in messages. Returns warnings: texts on what is
+    probably a mistake. Raises OSError if the file cannot be read, and ValueError if it
+    cannot be served. Then the text says why, with a line for each bad line of the file.
     """
-    name = data_name(file.name)
     pair_re = SORTED_PAIR_RE if isinstance(pairs, Sorted) else PAIR_RE
     stamp_before = stamp(file.fileno())
     faults = []
     bad_count = 0
+    step_bytes = 0
     all_end_in_cr = True
     line = b""
     for number, line in enumerate(file, 1):
-        if number % STEP_LINES == 0:
+        step_bytes += len(line)
+        if step_bytes > STEP_BYTES:
+            step_bytes = 0
             yield
         if all_end_in_cr:
             all_end_in_cr = line.endswith(b"\r\n")
@@ -251,7 +280,7 @@ def parse(file: BinaryIO, pairs: "Pairs") -> Iterator[None]:
             if key not in pairs:
                 pairs[key] = pair[2]
                 continue
-        if line == b"\n":
+        if line == b"\n":  # an empty line is no fault
             continue
         if number == 1:
             refuse_compressed(line, name)
@@ -264,27 +293,28 @@ def parse(file: BinaryIO, pairs: "Pairs") -> Iterator[None]:
     if not faults and file.seekable() and stamp(file.fileno()) != stamp_before:
         faults.append(f"{name}: changed while it was read")
     if not faults and not pairs:
-        faults.append(f"{name}: no pair in it")
+        faults.append(f"{name}: contains no pair")
     if faults:
         raise ValueError("\n".join(faults))
-    mistakes = []
+    warnings = []
     if not line.endswith(b"\n"):
-        mistakes.append("the last line has no newline; was the file cut off?")
+        warnings.append(f"{name}: the last line has no newline; was the file cut off?")
     if all_end_in_cr:
-        mistakes.append("all values end in \\r; does the file have Windows line ends?")
-    return mistakes
+        warnings.append(f"{name}: all values end in \\r; has the file Windows line ends?")
+    return warnings
 
 
-def refuse_compressed(line: bytes, name: str) -> None:
-    """Raise ValueError if the first line of a file shows that it is compressed."""
+def refuse_compressed(first_line: bytes, name: str) -> None:
+    """Raise ValueError if the first line of the file `name` shows that it is compressed.
+    """
     for beginning, kind, program in COMPRESSED:
-        if line.startswith(beginning):
-            raise ValueError(f"{name}: {kind} data; unpack it, as in: "
+        if first_line.startswith(beginning):
+            raise ValueError(f"{name}: {kind} data; decompress it first, as in: "
                              f"{program} FILE | python kv.py serve -")
 
 
 def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
-    """Return what is wrong with a line that gave no new pair, in a few words."""
+    """Return, in a few words, why `parse` rejects a line."""
     if line.startswith(BYTE_ORDER_MARKS):
         return "a byte order mark before the key"
     if UUID_WITHOUT_HYPHENS_RE.match(line):
@@ -300,7 +330,7 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
         return "no space after the key"
     if isinstance(pairs, Sorted):
         if not SORTED_PAIR_RE.match(line):
-            return "a key in upper case, which a sorted file cannot have"
+            return "a key in upper case, which --sorted does not take"
         if line[:KEY_BYTES] < pairs.last_key:
             return "a key below the one before it; sort the file with LC_ALL=C sort"
     return "duplicate key, first on an earlier line"
@@ -309,58 +339,58 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
 # ---------------------------------------------------------------------------
 # Sorted files
 #
-# Version 4 UUIDs are random. So where a key stands in a file that is sorted by its keys
-# can be computed from the key itself, as one opens a dictionary at about the right page.
+# Version 4 UUIDs are random. So the place of a key in a file that is sorted by its keys
+# can be computed from the key itself, much as one opens a printed encyclopedia: S is near
+# the end.
 
 FIRST_KEY_RE = re.compile(rb"\n(" + KEY + rb") ")
-LAST_KEY_RE = re.compile(rb"(?s).*\n(" + KEY + rb") ")
-
-
-def key_number(key: bytes) -> int:
-    """Return the 128 bits of a key as a number."""
-    return int(key.replace(b"-", b""), 16)
+LAST_KEY_RE = re.compile(rb"(?s).*\n(" + KEY + rb") ")  # .* takes all that it can
 
 
 class FileChanged(Exception):
-    """A sorted file was changed in place while it is served."""
+    """A sorted file was changed in place while being served."""
 
 
 class Sorted:
     """The pairs of a file in byte order of its lower-case keys, looked up in the file
     itself.
 
-    To the parser this is a dict that takes keys in ascending order only: `in`, item
-    assignment, `len`. It does not keep them, but marks now and then what place in the
-    file the parser has reached. To the server it is a dict with a `get`.
+    To the parser this is a dict that takes keys in ascending order only (`in`, item
+    assignment, `len`). It does not keep them, but records now and then how far the parser
+    has come: a mark. To the server it is a dict with a `get`.
 
-    A place is a number of bytes from the beginning of the file. Each line begins behind a
-    newline; the one before the first line is taken to be at place -1.
+    A place is the offset of a newline in the file, in bytes. Lines are found by the
+    newline before them. The one before the first line is not in the file; its place is
+    -1.
     """
 
+    descriptor: Optional[int] = None
+
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file                         # which the parser reads, and closes
-        self.descriptor = os.dup(file.fileno())  # for look-ups
+        self.file = file                         # read by the parser, closed after that
+        self.descriptor = os.dup(file.fileno())  # for lookups
         self.stamp = stamp(self.descriptor)
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # The newlines before lines with keys up to mark_numbers[n] are before
-        # mark_places[n], those before all other lines are at that place or behind it.
-        self.mark_numbers: List[int] = []
-        self.mark_places: List[int] = []
+        # Marks, in ascending order: a key, as a number, and the place that separates the
+        # lines with keys up to that one from the lines with greater keys.
+        self.marks = [(0, -1), (1 << 128, self.size)]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
         self.bytes_since_mark = 0
-        # The flag of preadv that makes it read only what is in memory, where there is
-        # one.
+        # The flag that makes preadv read only what is in memory, or 0 where there is
+        # none.
         self.nowait_flag = getattr(os, "RWF_NOWAIT", 0)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if self.descriptor is not None:
+            os.close(self.descriptor)  # not earlier: a thread may read after a reload
 
     def __len__(self) -> int:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
+        """Tell the parser that a key which does not ascend is there already."""
         return key <= self.last_key
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
@@ -369,33 +399,26 @@ class Sorted:
         self.bytes_since_mark += KEY_BYTES + len(value)
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            self.mark_numbers.append(key_number(key))
-            self.mark_places.append(self.file.tell() - 1)
+            place = self.file.tell() - 1  # of the newline at the end of this line
+            self.marks.insert(-1, (key_number(key), place))
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Body]":
         """Return the value of `key`, or None if there is no such key.
 
-        Raises BlockingIOError if that takes pages that are not in memory, or many pages,
-        and it may not `wait` for them. Raises FileChanged if the file was changed in
+        If it may not `wait`, raises BlockingIOError when pages have to come from the
+        disk, or when many have to be read. Raises FileChanged if the file was changed in
         place.
         """
-        if not KEY_RE.fullmatch(key):
+        if not KEY_RE.fullmatch(key):  # it is a path that was not judged
             return None
         number = key_number(key)
-        low = -1
-        low_number = 0
-        high = self.size
-        high_number = 1 << 128
-        mark = bisect.bisect_left(self.mark_numbers, number)
-        if mark > 0:
-            low = self.mark_places[mark - 1]
-            low_number = self.mark_numbers[mark - 1]
-        if mark < len(self.mark_numbers):
-            high = self.mark_places[mark]
-            high_number = self.mark_numbers[mark]
-        # If there is a line with the key, the newline before it is at `low` or behind,
-        # and before `high`. The keys of all lines of which this is true, as numbers, are
-        # at least low_number and at most high_number.
+        mark = bisect.bisect_left(self.marks, (number,))
+        low_number, low = self.marks[mark - 1]
+        high_number, high = self.marks[mark]
+        # The line with the key, if there is one, begins at a place from `low` on, and
+        # before `high`. Lines that begin before `low` have keys up to low_number, those
+        # that begin from `high` on have keys from high_number on. low_number < number <=
+        # high_number.
         reads = 0
         while low < high:
             reads += 1
@@ -405,89 +428,91 @@ class Sorted:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
             start = max(low, guess - PAGE_BYTES // 2)
-            place, page = self.read_page(start, high, wait)
+            place, page = self.page_with_key(start, high, wait)
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_at(place, page, line + KEY_BYTES + 2, wait)
             first = FIRST_KEY_RE.search(page)
-            if not first:
+            if not first or key < first[1]:
                 high = start
-            elif key < first[1]:
-                high = start
-                high_number = key_number(first[1])
-            else:
-                last = LAST_KEY_RE.match(page)
-                if key < last[1]:
-                    return None  # it would be between two keys of this page
-                low = place + last.start(1)
-                low_number = key_number(last[1])
+                if first:
+                    high_number = key_number(first[1])
+                continue
+            last = LAST_KEY_RE.match(page)
+            if key < last[1]:
+                return None  # it would stand between two keys of this page
+            low = place + last.start(1)  # after the newline of that line
+            low_number = key_number(last[1])
         return None
 
-    def read_page(self, place: int, high: int, wait: bool) -> Tuple[int, bytes]:
-        """Return the first page at `place` or behind in which a line begins, after its
-        place.
+    def page_with_key(self, place: int, high: int, wait: bool) -> Tuple[int, bytes]:
+        """Return place and content of the first page from `place` on in which a key
+        begins.
 
-        Looks no further than `high`.
+        Stops at `high`.
         """
+        start = place
         page = self.read(place, PAGE_BYTES, wait)
-        while not FIRST_KEY_RE.search(page) and place < high:  # it lies in a long value
-            unseen = place + len(page) - KEY_BYTES - 1  # where a key may be cut off
-            place = self.find_newline(max(unseen, place + 1), wait)
+        while place < high and not FIRST_KEY_RE.search(page):  # a page in a long value
+            if not wait and place > start:
+                raise BlockingIOError("a long search is left to a thread")
+            cut_off = place + len(page) - KEY_BYTES - 1  # where a key may begin
+            place = self.find_newline(max(cut_off, place + 1), wait)
             page = self.read(place, PAGE_BYTES, wait)
         return place, page
 
     def value_at(self, place: int, page: bytes, index: int, wait: bool) -> "Body":
-        """Return the value that begins at `index` of the page that was read at `place`.
-        """
+        """Return the value that begins at `index` of the page that begins at `place`."""
         end = page.find(b"\n", index)
         if end >= 0:
             return page[index:end]
-        size = self.find_newline(place + index, wait) - (place + index)
+        start = place + index  # the value continues past the page
+        size = self.find_newline(start, wait) - start
         if size <= PIECE_BYTES:
-            return self.read(place + index, size, wait)
-        return StoredValue(self, place + index, size)
+            return self.read(start, size, wait)
+        return StoredValue(self, start, size)
 
-    def find_newline(self, place: int, wait: bool) -> int:
-        """Return the place of the first newline from `place` on, or the end of the file.
+    def find_newline(self, offset: int, wait: bool) -> int:
+        """Return the place of the first newline from `offset` on, or the size of the
+        file.
         """
-        while place < self.size:
-            piece = self.read(place, PIECE_BYTES, wait)
+        while offset < self.size:
+            piece = self.read(offset, PIECE_BYTES, wait)
             newline = piece.find(b"\n")
             if newline >= 0:
-                return place + newline
-            place += len(piece)
-            if not wait and place < self.size:
-                raise BlockingIOError("a value is long")
+                return offset + newline
+            offset += len(piece)
+            if not wait and offset < self.size:
+                raise BlockingIOError("a long value is left to a thread")
         return self.size
 
-    def read(self, place: int, size: int, wait: bool) -> bytes:
-        """Return `size` bytes from `place` on, or what there is up to the end of the
-        file.
+    def read(self, offset: int, size: int, wait: bool) -> bytes:
+        """Return `size` bytes from `offset` on, or fewer at the end of the file.
 
-        Raises BlockingIOError and FileChanged as `get` does.
+        From -1 on, returns a newline and `size` bytes. Raises what `get` raises.
         """
-        before = b""
-        if place < 0:
-            before = b"\n"
-            place = 0
+        if offset < 0:
+            return b"\n" + self.read(0, size, wait)
         if wait or not self.nowait_flag:
-            content = os.pread(self.descriptor, size, place)
+            content = os.pread(self.descriptor, size, offset)
         else:
-            content = self.read_from_memory(place, size)
+            content = self.read_from_memory(offset, size)
         self.check()
-        return before + content
+        return content
 
-    def read_from_memory(self, place: int, size: int) -> bytes:
-        """Do what os.pread does, but raise BlockingIOError if the disk has to be read."""
+    def read_from_memory(self, offset: int, size: int) -> bytes:
+        """Do as os.pread does, but raise BlockingIOError if the disk would have to be
+        read.
+        """
         content = bytearray(size)
         try:
-            count = os.preadv(self.descriptor, [content], place, self.nowait_flag)
+            count = os.preadv(self.descriptor, [content], offset, self.nowait_flag)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
-                raise
-            self.nowait_flag = 0  # the file system cannot tell; tmpfs is always in memory
-            return os.pread(self.descriptor, size, place)
-        if count < min(size, self.size - place):
+                raise  # BlockingIOError, most likely
+            self.nowait_flag = 0  # tmpfs cannot tell, but it is always in memory
+            return os.pread(self.descriptor, size, offset)
+        if count < min(size, self.size - offset):
             raise BlockingIOError("only a part is in memory")
         return bytes(content[:count])
 
@@ -497,13 +522,17 @@ class Sorted:
             raise FileChanged
 
 
-class StoredValue:
-    """A long value of a sorted file, which stays there until it is sent piece by piece.
-    """
+def key_number(key: bytes) -> int:
+    """Return the 128 bits of a key as a number."""
+    return int(key.replace(b"-", b""), 16)
 
-    def __init__(self, pairs: Sorted, place: int, size: int) -> None:
+
+class StoredValue:
+    """A long value of a sorted file, read from the file only when it is sent."""
+
+    def __init__(self, pairs: Sorted, offset: int, size: int) -> None:
         self.pairs = pairs
-        self.place = place
+        self.offset = offset
         self.size = size
 
     def __len__(self) -> int:
@@ -511,27 +540,28 @@ class StoredValue:
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the value in pieces. Raises FileChanged."""
-        end = self.place + self.size
-        for place in range(self.place, end, PIECE_BYTES):
-            yield self.pairs.read(place, min(PIECE_BYTES, end - place), wait=True)
+        end = self.offset + self.size
+        for offset in range(self.offset, end, PIECE_BYTES):
+            yield self.pairs.read(offset, min(PIECE_BYTES, end - offset), wait=True)
 
 
 Pairs = Union[Dict[bytes, bytes], Sorted]
 Body = Union[bytes, StoredValue]  # of an answer
+Verdict = Tuple[int, bytes, bool]
 
 
 # ---------------------------------------------------------------------------
 # Loading
 
 def load(path: str) -> Dict[bytes, bytes]:
-    """Return the pairs in the data file at `path`.
+    """Return the pairs in the data file at `path`: for those who import this file.
 
     Raises OSError if the file cannot be read, ValueError if it is not well formed, with a
     line of text for each bad line, and MemoryError if it is too large.
     """
     pairs: Dict[bytes, bytes] = {}
     with open_data(path) as file:
-        for _ in parse(file, pairs):
+        for _ in parse(file, data_name(path), pairs):
             pass
     return pairs
 
@@ -539,97 +569,101 @@ def load(path: str) -> Dict[bytes, bytes]:
 class Data:
     """The pairs that a server answers from.
 
-    `load` and `reload` are generators of many short steps. During a reload, requests are
-    answered between them; at the start `load` is run to its end.
+    `load` and `reload` are generators that work in short steps. During a reload, requests
+    are answered between the steps; at the start, `load` is run to its end.
     """
 
     def __init__(self, options: argparse.Namespace, log: Log) -> None:
         self.path = options.file
+        self.name = data_name(options.file)
         self.is_sorted = options.sorted
         self.is_checked = options.check
         self.log = log
         self.pairs: Pairs = {}
-        self.new_pairs: Pairs = {}       # of a file that is being loaded
-        self.new_file: Optional[BinaryIO] = None
-        self.loaded = ""                 # how many pairs, from which file, in what time
-        self.description = ""            # of the pairs, for the status page
-        self.change_reported = False     # that a sorted file was changed in place
+        self.size = ""                   # "10000 pairs": as messages say it
+        self.since = ""                  # date of the last load
+        self.new_pairs: Pairs = {}       # those of a load that is under way
+        self.new_file: Optional[BinaryIO] = None   # the file of that load
+        self.change_reported = False     # whether the log says that the file was changed
 
     def load(self) -> Iterator[None]:
         """Load the file and swap its pairs in. Raises OSError, ValueError and
         MemoryError.
         """
-        start = time.monotonic()
-        name = data_name(self.path)
-        count = "unchecked"
+        size = "unchecked pairs"
         with open_data(self.path) as self.new_file:
             self.new_pairs = Sorted(self.new_file) if self.is_sorted else {}
             if self.is_checked:
-                mistakes = yield from parse(self.new_file, self.new_pairs)
-                for mistake in mistakes:
-                    self.log(f"{name}: {mistake}")
-                count = str(len(self.new_pairs))
+                warnings = yield from parse(self.new_file, self.name, self.new_pairs)
+                for warning in warnings:
+                    self.log(warning)
+                size = f"{len(self.new_pairs)} pairs"
         self.pairs = self.new_pairs
+        self.size = size
+        self.since = email.utils.formatdate(usegmt=True)
         self.change_reported = False
-        self.loaded = f"{count} pairs of {name} in {time.monotonic() - start:.2f} s"
-        date = email.utils.formatdate(usegmt=True)
-        self.description = f"{count} pairs of {os.path.basename(name)}, since {date}"
 
     def reload(self) -> Iterator[None]:
-        """Load the file again, then free what is no longer needed.
+        """Load the file again, and free what is then no longer needed.
 
-        What goes wrong is logged, and the pairs stay as they are.
+        Errors are logged, and the old pairs stay.
         """
-        name = data_name(self.path)
+        start = time.monotonic()
         old_pairs = self.pairs
         self.new_pairs = {}
         try:
-            if self.path == 0 or not stat.S_ISREG(os.stat(self.path).st_mode):
-                raise ValueError(f"{name}: not a file that can be read again")
+            if self.path == "-" or not stat.S_ISREG(os.stat(self.path).st_mode):
+                raise ValueError(f"{self.name}: not a file that can be read again")
             yield from self.load()
         except Exception as error:
-            self.log(f"{load_failure(error, self.path)}\nthe data stays as it was")
+            self.log(f"{load_failure(error, self.name)}\nthe data stays as it was")
             unneeded = self.new_pairs
         else:
-            self.log(f"{self.loaded}, reloaded ({len(old_pairs)} before)")
+            before = f" ({len(old_pairs)} before)" if self.is_checked else ""
+            self.log(f"{self.description(start)}, reloaded{before}")
             unneeded = old_pairs
         self.new_pairs = {}
+        # To free a dict of millions in one go would hold up all clients.
         while isinstance(unneeded, dict) and unneeded:
-            for _ in range(min(len(unneeded), STEP_LINES)):
+            for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
             yield
 
-    def progress(self, seconds: float) -> str:
-        """Return how far a load is after so many seconds."""
+    def description(self, start: float) -> str:
+        """Return what the log says of a load that began at a time.monotonic()."""
+        return f"{self.size} of {self.name} in {time.monotonic() - start:.2f} s"
+
+    def progress(self, start: float) -> str:
+        """Return how far a load has come that began at a time.monotonic()."""
         percent = "?"
         if self.new_file.seekable():
             size = os.fstat(self.new_file.fileno()).st_size
             percent = str(self.new_file.tell() * 100 // max(size, 1))
         count = len(self.new_pairs)
-        return f"{percent} % read, {count} pairs, {count / seconds:.0f} a second"
+        rate = count / (time.monotonic() - start)
+        return f"{percent} % read, {count} pairs, {rate:.0f} a second"
 
-    def page(self) -> bytes:
-        """Return what GET / shows. Raises FileChanged if look-ups would."""
+    def status_page(self) -> bytes:
+        """Return what GET / shows. Raises FileChanged if lookups would raise it."""
         if isinstance(self.pairs, Sorted):
             self.pairs.check()
-        text = (f"{self.description}\n"
-                "ask for a value with GET /KEY, where KEY is a version 4 UUID\n")
+        text = (f"{self.size} of {os.path.basename(self.name)}, since {self.since}\n"
+                "get a value with GET /KEY, where KEY is a version 4 UUID\n")
         return text.encode()
 
     def report_change(self) -> None:
         """Log, but only once, that the file was changed in place."""
         if not self.change_reported:
             self.change_reported = True
-            self.log(f"{data_name(self.path)}: changed in place; "
-                     "send SIGHUP to have it read again")
+            self.log(f"{self.name}: changed in place; send SIGHUP to reload it")
 
 
-def load_failure(error: Exception, path: Union[str, int]) -> str:
-    """Return why the data file at `path` was not loaded, in one or more lines."""
+def load_failure(error: Exception, name: str) -> str:
+    """Return why the data file called `name` was not loaded, in one or more lines."""
     if isinstance(error, MemoryError):
-        return f"{data_name(path)}: too large for the memory; --sorted takes less"
+        return f"{name}: too large for the memory; --sorted needs less"
     if isinstance(error, OSError):
-        return f"{data_name(path)}: {error.strerror}"
+        return f"{name}: {error.strerror or error}"
     return str(error)
 
 
@@ -639,17 +673,17 @@ def load_failure(error: Exception, path: Union[str, int]) -> str:
 # The head of a request is judged strictly, by the grammar of RFC 9112, and in one place.
 # As a client sends the same fields with each of its requests, the verdict on them is
 # remembered.
+#
+# A verdict is a tuple of three: the status of the answer; a text; and whether to close
+# the connection after the answer. With status 200, the text is the path that is asked
+# for, else the line that says what is wrong.
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                       # RFC 9110 section 5.6.2
 TOKEN_RE = re.compile(TOKEN)
-BEGINNING_RE = re.compile(                                    # of a request line
-    rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
-HEAD_METHOD_RE = re.compile(rb"(?:\r\n)?HEAD ")
 VERSION_RE = re.compile(rb"HTTP/[0-9]\.[0-9]")                # RFC 9112 section 2.3
 FIELD_RE = re.compile(                                        # RFC 9112 section 5
-    rb"(" + TOKEN + rb"):[\t ]*([\t -~\x80-\xff]*)")
-BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")          # RFC 9112 section 2.2
-TARGET_RE = re.compile(                                       # RFC 3986 appendix A
+    rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
+TARGET_RE = re.compile(      # visible ASCII without "#<>\^`{|}, see RFC 3986 appendix A
     rb"(?:[!$&-;=?-Z\[\]_a-z~]|%[0-9A-Fa-f]{2})+")
 HOST = rb"""
     (?: \[ [0-9A-Fa-f]{0,4} : [0-9A-Fa-f:.]* \]               # an IPv6 address, roughly
@@ -660,20 +694,14 @@ HOST = rb"""
 HOST_RE = re.compile(HOST, re.VERBOSE)
 ABSOLUTE_TARGET_RE = re.compile(
     rb"(?i: http:// )" + HOST + rb"(?: / ([^?]*) )? (?: \? .* )?", re.VERBOSE)
+LINE_BEGINNING_RE = re.compile(                               # as in "GET /x HTT"
+    rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
 OTHER_METHODS = (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH")
 
 
-class Verdict(NamedTuple):
-    """What to answer to a request."""
-
-    status: int     # 200 if a key is to be looked up
-    text: bytes     # with 200 the key, or b"" if it is not known yet; else what is wrong
-    close: bool     # whether to close the connection after the answer
-
-
 def refuse(status: int, text: str) -> Verdict:
-    """Return a verdict after which nothing more is read from the connection."""
-    return Verdict(status, text.encode(), True)
+    """Return the verdict on what is not a proper request. Nothing is read after it."""
+    return status, text.encode(), True
 
 
 BARE_LINE_END = refuse(400, "bare CR or LF (RFC 9112 section 2.2)")
@@ -681,35 +709,33 @@ MALFORMED_LINE = refuse(
     400, "malformed request line: not METHOD TARGET HTTP/1.1 CRLF (RFC 9112 section 3)")
 
 
-def judge(head: bytes) -> Tuple[Verdict, bytes]:
+def judge(head: bytes) -> Verdict:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the verdict and the path: the target without its first slash. If the status is
-    200, nobody has looked at the path yet: nearly all paths are keys, and found as they
-    are.
+    Paths, which come without their first slash, are left to `judge_path`: nearly all are
+    keys that are found in the data as they are, and need not be judged.
     """
     judge_rest = judge_fields
     if len(head) > VERDICT_BYTES:
         judge_rest = judge_fields.__wrapped__  # the function that does not remember
         too_long = judge_length(head + b"\r\n\r\n")
         if too_long:
-            return too_long, b""
-    try:
-        method, target, rest = head.split(b" ", 2)
-    except ValueError:
-        return MALFORMED_LINE, b""
-    verdict = judge_rest(method, rest)
-    if verdict.status == 200 and target[:1] == b"/":
-        return verdict, target[1:]
-    return judge_target(verdict, method.lstrip(b"\r\n"), target)
+            return too_long
+    words = head.split(b" ", 2)
+    if len(words) < 3:
+        return MALFORMED_LINE
+    method, target, rest = words
+    status, text, close = judge_rest(method, rest)
+    if status == 200 and target[:1] == b"/":
+        return 200, target[1:], close
+    return judge_target(method, target, status, text, close)
 
 
 def judge_length(head: bytes) -> Optional[Verdict]:
-    """Return a refusal if a head is too long, or what has come of one so far; else None.
-    """
+    """Return a refusal if a head, or the part received so far, is too long; else None."""
     if len(head) <= LINE_BYTES:
         return None
-    line = head.lstrip(b"\r\n").partition(b"\r\n")[0]
+    line = head.partition(b"\r\n")[0]
     method = line.partition(b" ")[0]
     if len(line) > LINE_BYTES and len(method) > METHOD_BYTES:
         return refuse(501, "unknown method")
@@ -722,10 +748,11 @@ def judge_length(head: bytes) -> Optional[Verdict]:
 
 @functools.lru_cache(maxsize=VERDICTS)
 def judge_fields(method: bytes, rest: bytes) -> Verdict:
-    """Judge all of a head but its target: the method, and what follows the target."""
+    """Judge all of a head but its target: the method, and what follows the target.
+
+    The section numbers are those of RFC 9112.
+    """
     version, *lines = rest.split(b"\r\n")
-    if method.startswith(b"\r\n"):  # one empty line may come first (section 2.2)
-        method = method[2:]
     if not TOKEN_RE.fullmatch(method) or not VERSION_RE.fullmatch(version):
         return MALFORMED_LINE
     if not version.startswith(b"HTTP/1."):
@@ -738,7 +765,7 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
         field = FIELD_RE.fullmatch(line)
         if not field:
             return refuse(400, "malformed header field (RFC 9112 section 5)")
-        fields[field[1].lower()].append(field[2].rstrip(b"\t "))
+        fields[field[1].lower()].append(field[2].strip(b"\t "))
 
     hosts = fields[b"host"]
     if not hosts and version != b"HTTP/1.0":
@@ -748,104 +775,108 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     if hosts and not HOST_RE.fullmatch(hosts[0]):
         return refuse(400, "malformed Host header (RFC 9112 section 3.2)")
 
-    # A body is never read, and ends the connection.
+    # A body is never read: it ends the connection. One of unknown length is refused, too.
     lengths = fields[b"content-length"]
-    codings = list_elements(fields[b"transfer-encoding"])
+    codings = fields[b"transfer-encoding"]
     has_body = bool(codings) or lengths not in ([], [b"0"])
     if has_body and method in (b"GET", b"HEAD"):
-        return refuse(400, "GET and HEAD have no body (RFC 9110 section 9.3)")
+        return refuse(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
     if lengths and codings:
-        return refuse(400, "Content-Length and Transfer-Encoding (RFC 9112 section 6.2)")
+        return refuse(
+            400, "both Content-Length and Transfer-Encoding (RFC 9112 section 6.2)")
     if len(lengths) > 1 or lengths and not lengths[0].isdigit():
         return refuse(400, "malformed Content-Length (RFC 9112 section 6.2)")
-    if codings and not is_chunked(codings):
+    if codings and not are_chunked(list_elements(codings)):
         return refuse(400, "malformed Transfer-Encoding (RFC 9112 section 6.1)")
 
-    if list_elements(fields[b"expect"]) not in ([], [b"100-continue"]):
+    expectations = list_elements(fields[b"expect"])
+    if fields[b"expect"] and set(expectations) != {b"100-continue"}:
         return refuse(417, "unsupported Expect header (RFC 9110 section 10.1.1)")
 
     options = list_elements(fields[b"connection"])
     close = has_body or version == b"HTTP/1.0" or b"close" in options  # section 9.3
     if method == b"OPTIONS":
-        return Verdict(204, b"", close)
+        return 204, b"", close
     if method in OTHER_METHODS:
-        return Verdict(405, b"method not allowed: use GET or HEAD", close)
+        return 405, b"method not allowed: use GET or HEAD", close
     if method not in (b"GET", b"HEAD"):
-        return Verdict(501, b"unknown method", close)
-    return Verdict(200, b"", close)
+        return 501, b"unknown method", close
+    return 200, b"", close
 
 
 def list_elements(values: List[bytes]) -> List[bytes]:
-    """Return the elements of comma-separated lists, in lower case (RFC 9110 section
+    """Return the elements of comma-separated lists in lower case (RFC 9110 section
     5.6.1).
     """
-    if not values:
-        return []
     elements = b",".join(values).lower().split(b",")
-    return [element.strip(b"\t ") for element in elements]
+    stripped = [element.strip(b"\t ") for element in elements]
+    return [element for element in stripped if element]
 
 
-def is_chunked(codings: List[bytes]) -> bool:
-    """Tell whether transfer codings are well formed: the last is chunked, and only that.
+def are_chunked(codings: List[bytes]) -> bool:
+    """Return whether transfer codings are tokens, of which the last and only one is
+    chunked.
     """
-    if codings[-1] != b"chunked" or codings.count(b"chunked") > 1:
+    if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
         return False
     return all(TOKEN_RE.fullmatch(coding) for coding in codings)
 
 
-def judge_target(verdict: Verdict, method: bytes, target: bytes) -> Tuple[Verdict, bytes]:
-    """Judge a target that is not looked up, or has another form than /PATH.
+def judge_target(
+        method: bytes, target: bytes, status: int, text: bytes, close: bool) -> Verdict:
+    """Judge a target that is not simply a path, given the verdict on the rest of a head.
 
-    Returns what `judge` returns. RFC 9112 section 3.2 has the four forms.
+    RFC 9112 section 3.2 defines the four forms of a target.
     """
     if not TARGET_RE.fullmatch(target):
-        return MALFORMED_LINE, b""
-    if verdict.status in (400, 417, 505):
-        return verdict, b""
-    if target[:1] == b"/" or method == b"CONNECT" or method + target == b"OPTIONS*":
-        return verdict, target[1:]
+        return MALFORMED_LINE
+    if status in (400, 417, 505):  # the rest is not a proper request
+        return status, text, close
     absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
-    if absolute:
-        return verdict, absolute[1] or b""
-    return MALFORMED_LINE, b""
+    if absolute and status == 200:
+        return 200, absolute[1] or b"", close
+    if absolute or target.startswith(b"/"):
+        return status, text, close
+    if method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"):
+        return status, text, close
+    return MALFORMED_LINE
 
 
 def judge_path(path: bytes) -> Verdict:
-    """Judge a path that is not a key in the data as it is.
+    """Judge a path that is not, as it is, a key in the data.
 
-    With status 200, the verdict's text is the key; b"" asks for the status page.
+    With status 200, the text is the key that it stands for, or b"" for the status page.
     """
     if path and not TARGET_RE.fullmatch(path):
         return MALFORMED_LINE
-    key = path.partition(b"?")[0].lower().replace(b"%2d", b"-")  # RFC 3986 section 6.2.2
+    key = path.partition(b"?")[0].lower()
+    key = key.replace(b"%2d", b"-")  # RFC 3986 section 6.2.2, as far as keys go
     if key and not KEY_RE.fullmatch(key):
-        return Verdict(400, b"not a version 4 UUID", False)
-    return Verdict(200, key, False)
+        return 400, b"not a version 4 UUID", False
+    return 200, key, False
 
 
-def judge_beginning(beginning: bytes, news: bytes) -> Optional[Verdict]:
-    """Return a refusal if nothing good can come of the beginning of a head, else None.
+def judge_beginning(beginning: bytes) -> Optional[Verdict]:
+    """Return a refusal if a head that begins like this cannot become valid, else None.
 
-    So nobody waits for the end of what is refused anyway. `news` is the part of it that
-    came last: without a line end in it, only the length is looked at again.
+    So bad requests are refused without waiting for their end.
     """
+    if beginning.startswith(b"\r\n"):  # one empty line may precede (RFC 9112 section 2.2)
+        beginning = beginning[2:]
     too_long = judge_length(beginning)
     if too_long:
         return too_long
-    if len(news) < len(beginning) and b"\r" not in news and b"\n" not in news:
-        return None
-    if beginning.startswith(b"\r\n"):  # one empty line may come first
-        beginning = beginning[2:]
     line, line_end, _ = beginning.partition(b"\r\n")
     if not line_end:
-        return None if BEGINNING_RE.fullmatch(line) else MALFORMED_LINE
-    verdict, path = judge(line + b"\r\nHost: kv")  # as if all was well behind the line
-    if verdict.status == 200:
-        verdict = judge_path(path)
-    if verdict.close and verdict.status in (400, 505):
+        return None if LINE_BEGINNING_RE.fullmatch(line) else MALFORMED_LINE
+    verdict = judge(line + b"\r\nHost: kv")  # as if the rest of the head was valid
+    if verdict[0] == 200:
+        verdict = judge_path(verdict[1])
+    status, _, close = verdict
+    if status in (400, 505) and close:
         return verdict
-    first_new = len(beginning) - len(news) - 1  # or the byte before, which may be a CR
-    if BARE_LINE_END_RE.search(beginning, max(first_new, len(line) + 2)):
+    text = beginning.replace(b"\r\n", b"")
+    if b"\n" in text or b"\r" in text[:-1]:  # a CR at the end may be half of a CRLF
         return BARE_LINE_END
     return None
 
@@ -854,14 +885,14 @@ def judge_beginning(beginning: bytes, news: bytes) -> Optional[Verdict]:
 # Answers
 
 KEY_NOT_FOUND = b"key not found\n"
-INTERNAL_ERROR = b"internal error; the log of the server says more\n"
+INTERNAL_ERROR = b"internal error, see the server's log\n"
 
 
 @functools.lru_cache(maxsize=100)
 def answer_head(status: int, close: bool, date: str) -> bytes:
-    """Return the head of an answer, with %d in place of the length of its body.
+    """Return the head of an answer, with %d for the length of its body if it has one.
 
-    It changes only with the date, once a second, and is remembered.
+    It changes only with the date, once a second, and so it is remembered.
     """
     lines = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
@@ -874,7 +905,7 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
         lines.append("Allow: GET, HEAD, OPTIONS")
     if close:
         lines.append("Connection: close")
-    if status != 204:  # RFC 9110 section 8.6
+    if status != 204:  # which has no body, RFC 9110 section 8.6
         lines.append("Content-Type: text/plain; charset=utf-8")
         lines.append("Content-Length: %d")
     return "\r\n".join(lines + ["", ""]).encode()
@@ -883,11 +914,11 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
 # ---------------------------------------------------------------------------
 # Threads
 
-NEVER = float("inf")    # a time
+NEVER = float("inf")    # the waiting_since of a connection that does not wait
 
 
 class Connection:
-    """What the server knows of one client."""
+    """What the server knows about one client."""
 
     __slots__ = (
         "socket", "address", "received", "unsent", "close", "linger", "waiting_since")
@@ -895,47 +926,49 @@ class Connection:
     def __init__(self, client_socket: socket.socket, address: str) -> None:
         self.socket = client_socket
         self.address = address
-        # What was received and is not answered yet: the beginning of a head.
+        # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
         # What the client has not taken yet: bytes, memoryview and StoredValue objects.
         self.unsent: list = []
-        # Whether to close the connection when all is sent, and to linger before that, as
-        # the client may still be sending.
+        # Whether to close the connection when all is sent, and whether to linger before
+        # that, because the client may still be sending.
         self.close = False
         self.linger = False
-        # The time.monotonic() since when the client is to do something: ask, go on
-        # asking, or take more of an answer. NEVER while the server is busy with it, and
-        # when it is closed.
+        # The time.monotonic() at which the server began to wait for the client: for a
+        # request, for the rest of one, or for the client to take an answer.
         self.waiting_since = NEVER
 
 
 class Handler(socketserver.BaseRequestHandler):
-    """Serves a client that makes the server wait: plain blocking code, in a thread.
+    """Serves a client that would make the others wait: plain blocking code, in a thread.
 
-    The `request` is a Connection that the loop has handed over. Afterwards it is closed
-    or given back to the loop, by Server.shutdown_request.
+    What socketserver calls a request is here a Connection. The loop has handed it over;
+    Server.shutdown_request closes it or gives it back to the loop.
     """
 
     def handle(self) -> None:
-        """Send what is unsent, answer the requests that came behind, close with care."""
+        """Send what is unsent, answer the requests that follow, and linger if necessary.
+        """
         connection = self.request
         self.send_unsent()
         while not connection.close and b"\r\n\r\n" in connection.received:
-            self.server.answer_requests(connection, connection.received, self.get)
+            self.server.answer_requests(connection, self.get)
+            self.send_unsent()
+        if not connection.close:
+            self.server.refuse_beginning(connection)
             self.send_unsent()
         if connection.close:
             self.linger()
 
-    def get(self, path: bytes) -> Optional[Body]:
-        """Look a path up in the pairs, as dict.get would, and wait for the disk if need
-        be.
+    def get(self, key: bytes) -> Optional[Body]:
+        """Look a key up in the pairs as dict.get does, waiting for the disk if necessary.
         """
         pairs = self.server.data.pairs
         if isinstance(pairs, Sorted):
-            return pairs.get(path, wait=True)
-        value = pairs.get(path)
+            return pairs.get(key, wait=True)
+        value = pairs.get(key)
         if value is None and pairs is not self.server.data.pairs:
-            return self.get(path)  # it was being freed, after a reload
+            return self.get(key)  # after a reload, the old dict is emptied
         return value
 
     def send_unsent(self) -> None:
@@ -967,19 +1000,23 @@ class Handler(socketserver.BaseRequestHandler):
         connection.waiting_since = NEVER
 
     def linger(self) -> None:
-        """Say that nothing more will come, and for a moment take what the client still
+        """Say that no more will be sent, and discard for a moment what the client still
         sends.
 
         If the connection was closed at once, the system would answer that with a reset,
-        and a reset can cost the client the answer.
+        and a reset can make the client lose the answer.
         """
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        connection.waiting_since = min(connection.waiting_since, time.monotonic())
-        connection.socket.settimeout(LINGER_SECONDS)
-        while connection.socket.recv(RECEIVE_BYTES) and time.monotonic() < deadline:
-            pass
+        now = time.monotonic()
+        deadline = now + LINGER_SECONDS
+        if connection.waiting_since == NEVER:
+            connection.waiting_since = now
+        more = True
+        while more and now < deadline:
+            connection.socket.settimeout(deadline - now)
+            more = connection.socket.recv(RECEIVE_BYTES)
+            now = time.monotonic()
 
 
 # ---------------------------------------------------------------------------
@@ -990,53 +1027,49 @@ CAN_GATHER = hasattr(socket.socket, "sendmsg")  # Windows lacks it
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The loop: it does all that need not wait, for all clients.
+    """The loop: does all that does not have to wait, for all clients.
 
-    What has to wait for one client or for the disk is handed over to a thread, in which
-    ThreadingHTTPServer runs a Handler: an answer that the client does not take whole, a
-    connection that has to be closed with care, a look-up in pages that are not in memory.
+    What has to wait for one client or for the disk is handed over to a thread: an answer
+    that is large or that the client does not take immediately, lingering, and a lookup in
+    pages that are not in memory. Of ThreadingHTTPServer this uses the socket
+    (server_bind, server_activate, get_request) and what runs a Handler in a thread
+    (process_request_thread, finish_request); serve_forever is its own.
 
-    Connections that wait for their client stand in one of two dicts, in the order in
-    which they began to wait: `idle` ones for their next request, `beginnings` for the
-    rest of a head. The first of each is the next to expire, and to make room for a
-    newcomer.
+    Connections that wait for their clients are in one of two dicts, in the order in which
+    they began to wait: in `idle` for their next request, in `beginnings` for the rest of
+    a head. So the first one of each is the next to expire, or to be evicted.
     """
 
     request_queue_size = ACCEPT_QUEUE
-    allow_reuse_address = os.name == "posix"  # elsewhere two servers could share a port
-    allow_reuse_port = False
+    allow_reuse_address = os.name == "posix"  # on Windows, two servers could share a port
+    allow_reuse_port = False                  # for the same reason, in newer Pythons
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log) -> None:
         """Take the port, but do not listen yet. Raises OSError and UnicodeError."""
         self.data = data
         self.log = log
         self.is_verbose = options.verbose
-        self.max_connections = options.max_connections
-        # Connections: each is in one of these three, or is just being handled by the
-        # loop.
+        # Each connection is in one of these three, but for the one that is just handled.
         self.idle: "collections.OrderedDict[Connection, None]" = collections.OrderedDict()
         self.beginnings: Dict[Connection, None] = {}
         self.handed_over: Set[Connection] = set()
-        # Those that threads are done with, for the loop to take note of.
-        self.returned: Deque[Connection] = collections.deque()
+        self.returned: Deque[Connection] = collections.deque()  # by threads, for the loop
+        self.max_connections = options.max_connections
         self.selector = selectors.DefaultSelector()
-        self.is_accepting = False
-        # The loop
-        self.now = time.monotonic()                # at the beginning of this round
-        self.date = ""                             # as in the Date field of an answer
-        self.found_head = b""                      # of answers to keys that are found
+        self.is_accepting = False            # whether the listening socket is registered
+        self.now = time.monotonic()          # at the beginning of this round of the loop
         self.next_tick = self.now
-        self.was_busy = False                      # whether the last round had events
+        self.date = ""                       # as in a Date field
+        self.found_head = b""                # head of the answer to most requests
+        self.was_busy = False                # whether the last round had requests
         self.is_patient = processor_count() > 1
-        # Reloads
         self.reload: Optional[Iterator[None]] = None   # one that is under way
-        self.next_step = self.now                  # of the reload, at the earliest
-        # Signals
-        self.hangup_noted = False
-        self.stop_noted = False
-        self.ends_with_terminal = False
+        self.next_step = self.now            # earliest time for its next step
+        self.is_hangup_noted = False         # SIGHUP has come
+        self.is_stop_noted = False           # SIGTERM or SIGINT has come
+        self.ends_with_terminal = False      # whether a closed terminal means a stop
         self.is_stopping = False
-        self.stop_deadline = NEVER
+        self.stop_deadline = NEVER           # a time.monotonic()
 
         found = socket.getaddrinfo(
             options.host.strip("[]"), options.port, type=socket.SOCK_STREAM,
@@ -1048,29 +1081,33 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind as TCPServer does. HTTPServer would look up a name, which can take long.
         """
-        if self.server_address[0] == "::":  # for IPv4, too
+        if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Connections inherit this: no answer waits until the one before is acknowledged.
+        # Connections inherit these. No answer waits until the last one is acknowledged.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Nor does a lot wait in the system, which would hide that a client takes it
+        # slowly.
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            self.socket.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SENT_BYTES)
         socketserver.TCPServer.server_bind(self)
 
     # The loop
 
     def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
-        """Answer requests until a stop was asked for and all connections have ended."""
+        """Answer requests until a signal asks for a stop and all connections have ended.
+        """
         self.socket.setblocking(False)
+        self.service_actions()
         while not self.is_stopped():
             try:
                 self.run_round(poll_interval)
-            except MemoryError:
-                self.reload = None
-                self.data.new_pairs = {}
-                self.log("out of memory")
+            except Exception as error:  # when memory runs out, this can be anywhere
+                self.evict_longest_waiting()
+                self.log(f"fault in the loop: {error!r}")
 
     def is_stopped(self) -> bool:
-        """Tell whether all connections have ended after a stop, or were given time
-        enough.
-        """
+        """Return whether all connections have ended after a stop, or run out of time."""
         if not self.is_stopping:
             return False
         return self.connection_count() == 0 or self.now >= self.stop_deadline
@@ -1081,32 +1118,33 @@ class Server(http.server.ThreadingHTTPServer):
         self.now = time.monotonic()
         if self.returned:
             self.take_back()
+        has_newcomer = False
         for key, _ in events:
-            if key.data is None:
-                self.accept()
-                continue
             connection = key.data
-            if connection.waiting_since == NEVER:
-                continue  # it was evicted a moment ago
+            if connection is None:  # the listening socket
+                has_newcomer = True
+                continue
+            if connection.waiting_since == NEVER:  # it was not taken back yet
+                continue
             try:
                 self.receive(connection)
             except Exception:
                 self.handle_error(connection, connection.address)
                 self.close(connection)
+        if has_newcomer:  # last, as that may evict somebody who has just asked
+            self.accept()
         self.was_busy = bool(events)
         if self.now >= self.next_tick:
-            self.next_tick = self.now + TICK_SECONDS
             self.service_actions()
         if self.reload:
             self.step_reload()
 
     def wait(self, seconds: float) -> list:
-        """Return events of the selector, after a wait of so many seconds if there are
-        none.
+        """Return events of the selector; wait up to `seconds` if there are none.
 
-        After a round with events, it looks for more without sleeping for a moment. To
-        wake a process takes longer than all else in an answer, and many clients ask again
-        at once.
+        Does not wait during a reload. Before it goes to sleep after a round with events,
+        it polls for a moment: many clients send their next request immediately, and to
+        wake a sleeping process takes longer than to answer it.
         """
         events = self.selector.select(0)
         if events or self.reload:
@@ -1119,6 +1157,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Do what is due every TICK_SECONDS."""
+        self.next_tick = self.now + TICK_SECONDS
         self.date = email.utils.formatdate(usegmt=True)
         self.found_head = answer_head(200, False, self.date)
         self.act_on_signals()
@@ -1129,21 +1168,20 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in self.overdue(self.idle, idle_seconds):
             self.close(connection)
         for connection in self.overdue(self.beginnings, HEAD_SECONDS):
-            verdict = refuse(408, f"no complete request in {HEAD_SECONDS} s")
-            self.refuse(connection, verdict)
+            self.refuse(
+                connection, refuse(408, f"no complete request within {HEAD_SECONDS} s"))
             self.send(connection)
             self.close(connection)
 
     def overdue(self, waiting: Iterable[Connection], seconds: float) -> List[Connection]:
-        """Return the first of `waiting`, those that have waited for more than so many
-        seconds.
+        """Return those at the front of `waiting` that have waited longer than `seconds`.
         """
-        latest = self.now - seconds
-        return list(itertools.takewhile(lambda c: c.waiting_since < latest, waiting))
+        oldest = self.now - seconds
+        return list(itertools.takewhile(lambda c: c.waiting_since < oldest, waiting))
 
     def step_reload(self) -> None:
-        """Take a step of a reload: at once if there were no events, else half of the
-        time.
+        """Take a step of a reload: in half of the time, or all of it if there are no
+        events.
         """
         if self.was_busy and self.now < self.next_step:
             return
@@ -1153,76 +1191,74 @@ class Server(http.server.ThreadingHTTPServer):
         except StopIteration:
             self.reload = None
         end = time.monotonic()
-        self.next_step = end + (end - start)
+        self.next_step = end + (end - start)  # requests get as long as the step took
 
     # Connections
 
     def accept(self) -> None:
-        """Take a newcomer in; if there is no room, in the place of who has waited
-        longest.
+        """Accept a connection, in place of the longest-waiting one if there is no room.
         """
-        longest = None
-        if self.connection_count() >= self.max_connections:
-            longest = self.longest_waiting()
-            if not longest:
-                self.pause_accepting()
-                return
+        is_full = self.connection_count() >= self.max_connections
+        if is_full and not self.evict_longest_waiting():
+            self.pause_accepting()
+            return
         try:
             client_socket, address = self.get_request()
-            client_socket.setblocking(False)
         except OSError as error:
-            if error.errno in OUT_OF_RESOURCES and not self.evict(self.longest_waiting()):
+            if error.errno in OUT_OF_RESOURCES and not self.evict_longest_waiting():
                 self.pause_accepting()
-            return  # otherwise that client has gone already
-        self.evict(longest)
+            return  # else the client has gone, or the next round will accept it
         connection = Connection(client_socket, address[0])
-        self.selector.register(client_socket, selectors.EVENT_READ, connection)
+        try:
+            client_socket.setblocking(False)
+            self.selector.register(client_socket, selectors.EVENT_READ, connection)
+        except (OSError, MemoryError):
+            client_socket.close()
+            return
         self.keep(connection)
 
     def pause_accepting(self) -> None:
-        """Leave newcomers to the system until the next tick."""
+        """Leave new connections in the system's queue until the next tick."""
         self.selector.unregister(self.socket)
         self.is_accepting = False
 
     def connection_count(self) -> int:
+        """Return the number of connections."""
         return len(self.idle) + len(self.beginnings) + len(self.handed_over)
 
-    def longest_waiting(self) -> Optional[Connection]:
-        """Return the connection that has waited longest for its client, if any waits."""
+    def evict_longest_waiting(self) -> bool:
+        """Close the connection that has waited longest for its client, if any waits.
+
+        Returns whether there was one.
+        """
         candidates = list(self.handed_over)
         candidates += itertools.islice(self.idle, 1)
         candidates += itertools.islice(self.beginnings, 1)
         longest = min(candidates, key=lambda c: c.waiting_since, default=None)
-        if longest and longest.waiting_since == NEVER:
-            return None
-        return longest
-
-    def evict(self, connection: Optional[Connection]) -> bool:
-        """Close a connection, if there is one, and tell if that made room at once."""
-        if connection is None:
+        if longest is None or longest.waiting_since == NEVER:
             return False
-        if connection not in self.handed_over:
-            self.close(connection)
+        if longest not in self.handed_over:
+            self.close(longest)
             return True
-        connection.waiting_since = NEVER
+        longest.waiting_since = NEVER
         try:
-            connection.socket.shutdown(socket.SHUT_RDWR)  # which its thread will notice
+            longest.socket.shutdown(socket.SHUT_RDWR)  # its thread notices, and closes it
         except OSError:
-            pass  # it is just ending
-        return False
+            pass  # it is closed already
+        return True
 
     def keep(self, connection: Connection) -> None:
-        """Put a connection last among those that wait for their client."""
+        """Put a connection last among those that wait for their clients."""
         connection.waiting_since = self.now
         self.idle.pop(connection, None)
         self.beginnings.pop(connection, None)
-        if connection.received:
+        if connection.received.strip(b"\r\n"):  # more than an empty line
             self.beginnings[connection] = None
         else:
             self.idle[connection] = None
 
     def forget(self, connection: Connection) -> None:
-        """Look no longer after a connection."""
+        """Stop looking after a connection."""
         connection.waiting_since = NEVER
         self.idle.pop(connection, None)
         self.beginnings.pop(connection, None)
@@ -1230,7 +1266,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # memory ran out while it was handed over
+            pass  # hand_over did that, and then ran out of memory
 
     def close(self, connection: Connection) -> None:
         """Close a connection that the loop looks after."""
@@ -1240,7 +1276,7 @@ class Server(http.server.ThreadingHTTPServer):
     # Requests
 
     def receive(self, connection: Connection) -> None:
-        """Take what a client has sent, and answer all complete requests among it."""
+        """Take what a client has sent, and answer all complete requests in it."""
         try:
             news = connection.socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -1253,88 +1289,109 @@ class Server(http.server.ThreadingHTTPServer):
         beginning = connection.received
         connection.received = beginning + news
         try:
-            self.answer_requests(connection, news, self.data.pairs.get)
-        except BlockingIOError:  # a look-up has to wait for the disk
-            self.hand_over(connection, NEVER)
+            self.answer_requests(connection, self.data.pairs.get)
+        except BlockingIOError:
+            self.hand_over(connection, NEVER)  # it waits for the disk, not for its client
             return
-        is_same_head = beginning and not connection.unsent  # which is not complete yet
-        if connection.unsent and not self.send(connection):
+        if connection.received and not connection.close:
+            # Heads that trickle in are looked at again only where that can change a
+            # thing.
+            has_line_end = b"\r" in news or b"\n" in news
+            is_long = len(connection.received) > LINE_BYTES
+            if has_line_end or is_long or not beginning:
+                self.refuse_beginning(connection)
+        if not connection.unsent:  # the head is not complete yet
+            if connection not in self.beginnings:
+                self.keep(connection)
+        elif not self.send(connection):
+            self.hand_over(connection, self.now)
+        elif connection.close and connection.linger:
             self.hand_over(connection, self.now)
         elif connection.close:
-            if connection.linger:
-                self.hand_over(connection, self.now)
-            else:
-                self.close(connection)
+            self.close(connection)
         elif beginning or connection.received:
-            if not is_same_head:
-                self.keep(connection)
-        else:
+            self.keep(connection)
+        else:  # what `keep` would do, but quicker
             connection.waiting_since = self.now
             self.idle.move_to_end(connection)
 
-    def answer_requests(self, connection: Connection, news: bytes, get: Callable) -> None:
-        """Answer all complete requests among what a connection has received.
+    def answer_requests(self, connection: Connection, get: Callable) -> None:
+        """Answer all complete requests in what a connection has received.
 
-        `news` is the part of it that came last. `get` looks a path up as dict.get would;
-        if it raises BlockingIOError, its request and what is behind it remain in
-        `received`.
+        `get` looks a key up as dict.get does. If it raises BlockingIOError, or the
+        answers are more than a thread should send at a time, the other requests remain in
+        `received`, as does the beginning of a head. Threads call this, too: it changes
+        nothing but the connection.
         """
         heads = connection.received.split(b"\r\n\r\n")
         connection.received = heads.pop()
-        pending = iter(heads)
-        for head in pending:
+        size = 0
+        for number, head in enumerate(heads, 1):
+            if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
+                head = head[2:]
             try:
                 status, body = self.answer(connection, head, get)
             except BlockingIOError:
-                rest = [head, *pending, connection.received]
-                connection.received = b"\r\n\r\n".join(rest)
+                self.put_back(connection, heads[number - 1:])
                 connection.close = False
                 raise
             except Exception as error:
                 self.report_fault(error, connection.address)
                 status = 500
                 body = INTERNAL_ERROR
-            if self.is_stopping and head is heads[-1]:
+            if self.is_stopping and number == len(heads):
                 connection.close = True
-            self.add_answer(connection, head, status, body)
+            size += self.add_answer(connection, head, status, body)
             if connection.close:
-                if connection.received or any(pending):
+                if connection.received or number < len(heads):
                     connection.linger = True
                 return
-        if connection.received:
-            refusal = judge_beginning(connection.received, news)
-            if refusal:
-                self.refuse(connection, refusal)
+            if size > SENT_BYTES:
+                self.put_back(connection, heads[number:])
+                return
+
+    def put_back(self, connection: Connection, heads: List[bytes]) -> None:
+        """Put the heads of requests that are not answered yet back into `received`."""
+        connection.received = b"\r\n\r\n".join(heads + [connection.received])
 
     def answer(
             self, connection: Connection, head: bytes, get: Callable) -> Tuple[int, Body]:
         """Return the status and the body of the answer to a request, given its head."""
-        verdict, path = judge(head)
-        connection.close = verdict.close
-        if verdict.status == 200:
+        status, text, connection.close = judge(head)
+        if status == 200:
+            path = text
             value = get(path)
             if value is not None:
                 return 200, value
-            verdict = judge_path(path)
-            connection.close = connection.close or verdict.close
-        if verdict.status != 200:
-            return verdict.status, verdict.text + b"\n"
-        if not verdict.text:
-            return 200, self.data.page()
-        value = get(verdict.text)
+            status, text, close = judge_path(path)
+            connection.close = connection.close or close
+        if status != 200:
+            return status, text + b"\n"
+        if not text:
+            return 200, self.data.status_page()
+        if text != path:
+            value = get(text)
         if value is None:
             return 404, KEY_NOT_FOUND
         return 200, value
 
+    def refuse_beginning(self, connection: Connection) -> None:
+        """Refuse the beginning of a head if it cannot become valid."""
+        if b"\r\n\r\n" in connection.received:
+            return  # it begins with complete heads that are still to be answered
+        verdict = judge_beginning(connection.received)
+        if verdict:
+            self.refuse(connection, verdict)
+
     def refuse(self, connection: Connection, verdict: Verdict) -> None:
-        """Answer the beginning of a head that cannot become a request."""
-        connection.close = True
-        self.add_answer(
-            connection, connection.received, verdict.status, verdict.text + b"\n")
+        """Answer the beginning of a head by a refusal."""
+        status, text, connection.close = verdict
+        self.add_answer(connection, connection.received, status, text + b"\n")
 
     def add_answer(
-            self, connection: Connection, head: bytes, status: int, body: Body) -> None:
-        """Put an answer together. `head` is the head of its request, or what came of it.
+            self, connection: Connection, head: bytes, status: int, body: Body) -> int:
+        """Put an answer together, and return its size in bytes. `head` is the head of its
+        request, or the beginning of it.
         """
         if status == 200 and not connection.close:
             answer = self.found_head % len(body)
@@ -1343,27 +1400,32 @@ class Server(http.server.ThreadingHTTPServer):
             body = b""
         else:
             answer = answer_head(status, connection.close, self.date) % len(body)
-        if head[:4] != b"GET " and HEAD_METHOD_RE.match(head):
+        if head.startswith(b"HEAD "):
             body = b""
         if connection.close:
+            # Refused clients may still be sending, and a long answer can be lost by a
+            # reset.
             connection.linger = status not in (200, 404) or len(body) > PIECE_BYTES
         if self.is_verbose:
             self.log_request(connection.address, head, status, len(body))
-        if len(body) <= PIECE_BYTES:
+        if len(body) <= COPIED_BYTES:  # a StoredValue is always longer
             connection.unsent.append(answer + body)
         else:
             connection.unsent += [answer, body]
+        return len(answer) + len(body)
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
-        line = repr(head.partition(b"\r\n")[0])[2:-1].replace('"', '\\"')
+        line = repr(head.partition(b"\r\n")[0])[2:-1]  # as in b'...', escaped
+        line = line.replace('"', '\\"')
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
 
     def send(self, connection: Connection) -> bool:
-        """Send what is unsent, if it is not much and the client takes it at once.
+        """Send what is unsent, and return whether the client took all of it immediately.
 
-        Tells if all was sent.
+        What is long is left to a thread. So there is no StoredValue here: the loop's
+        lookups leave long values to a thread as well.
         """
         unsent = connection.unsent
         try:
@@ -1398,50 +1460,51 @@ class Server(http.server.ThreadingHTTPServer):
         self.process_request(connection, connection.address)
 
     def process_request(self, request: Connection, client_address: str) -> None:
-        """Start a thread, or close the connection if the system has no thread to give.
+        """Start a thread, or close the connection if the system cannot start one.
 
         ThreadingMixIn calls threading.Thread.start here. That waits until the thread
-        runs: for ever, if the thread dies for lack of memory before that.
+        runs: forever, if the thread dies for lack of memory before that.
         """
         try:
             _thread.start_new_thread(
                 self.process_request_thread, (request, client_address))
         except (RuntimeError, MemoryError) as error:
-            self.log(f"no thread for {client_address}: {error}")
+            self.log(f"cannot start a thread for {client_address}: {error}")
             request.close = True
             self.shutdown_request(request)
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Report what went wrong with a connection: called while the exception is
-        handled.
-        """
+        """Close a connection because of an exception: called where that is handled."""
         request.close = True
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # that a client goes away is no fault
+        if not isinstance(error, OSError):  # that a client has gone is not a fault
             self.report_fault(error, client_address)
 
     def report_fault(self, error: Exception, client_address: str) -> None:
-        """Log a fault in one line; a file that was changed, only once."""
-        if not isinstance(error, FileChanged):
-            self.log(f"fault in answering {client_address}: {error!r}")
-        else:
+        """Log an exception in one line, but FileChanged only once."""
+        if isinstance(error, FileChanged):
             self.data.report_change()
+        else:
+            self.log(f"fault in answering {client_address}: {error!r}")
 
     def shutdown_request(self, request: Connection) -> None:
         """Close a connection or give it back to the loop: called by a thread at its end.
         """
         request.waiting_since = NEVER
+        if not request.close:
+            try:
+                request.socket.setblocking(False)
+                # epoll and kqueue take this while the loop waits for them. Until the loop
+                # has taken the connection back, it ignores its events.
+                self.selector.register(request.socket, selectors.EVENT_READ, request)
+            except (OSError, ValueError, MemoryError):
+                request.close = True
         if request.close:
             request.socket.close()
-            self.returned.append(request)
-        else:
-            request.socket.setblocking(False)
-            self.returned.append(request)
-            # The selector takes this while the loop waits for it in another thread.
-            self.selector.register(request.socket, selectors.EVENT_READ, request)
+        self.returned.append(request)
 
     def take_back(self) -> None:
-        """Take note of the connections that threads are done with."""
+        """Take back the connections that threads are done with."""
         while self.returned:
             connection = self.returned.popleft()
             self.handed_over.discard(connection)
@@ -1450,29 +1513,33 @@ class Server(http.server.ThreadingHTTPServer):
 
     # Signals
 
-    def handle_signals(self) -> None:
-        """From now on, take note of signals, to act on them at the next tick."""
-        signal.signal(signal.SIGTERM, self.note_stop)
-        signal.signal(signal.SIGINT, self.note_stop)
-        if hasattr(signal, "SIGHUP"):  # which Windows lacks
-            under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            self.ends_with_terminal = has_terminal() and not under_nohup
+    def note_hangups(self) -> None:
+        """From now on note SIGHUP, to act on it at a tick."""
+        if hasattr(signal, "SIGHUP"):  # Windows lacks it
+            is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            self.ends_with_terminal = has_terminal() and not is_nohup
             signal.signal(signal.SIGHUP, self.note_hangup)
 
-    def note_stop(self, *_) -> None:
-        self.stop_noted = True
+    def note_stops(self) -> None:
+        """From now on note SIGTERM and Ctrl-C, to act on them at a tick."""
+        signal.signal(signal.SIGTERM, self.note_stop)
+        signal.signal(signal.SIGINT, self.note_stop)
 
     def note_hangup(self, *_) -> None:
-        self.hangup_noted = True
+        self.is_hangup_noted = True
+
+    def note_stop(self, *_) -> None:
+        self.is_stop_noted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends it
 
     def act_on_signals(self) -> None:
-        """Start a reload or a stop that a signal asked for."""
-        if self.hangup_noted and self.ends_with_terminal and not has_terminal():
-            self.stop_noted = True  # SIGHUP came because the terminal was closed
-        elif self.hangup_noted and not self.reload:
-            self.hangup_noted = False
+        """Start a reload or a stop that a signal asks for."""
+        if self.is_hangup_noted and self.ends_with_terminal and not has_terminal():
+            self.is_stop_noted = True  # the signal came because the terminal was closed
+        elif self.is_hangup_noted and not self.reload:
+            self.is_hangup_noted = False
             self.reload = self.data.reload()
-        if self.stop_noted and not self.is_stopping:
+        if self.is_stop_noted and not self.is_stopping:
             self.begin_stop()
 
     def begin_stop(self) -> None:
@@ -1483,15 +1550,14 @@ class Server(http.server.ThreadingHTTPServer):
         if self.is_accepting:
             self.pause_accepting()
         self.socket.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends it at once
 
 
 def has_terminal() -> bool:
-    """Tell whether this process has a terminal that can interrupt it."""
+    """Return whether this process has a controlling terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in OUT_OF_RESOURCES  # then one cannot know
     return True
 
 
@@ -1512,7 +1578,8 @@ class CannotServe(Exception):
 def serve(options: argparse.Namespace) -> int:
     """Serve the pairs in a file until SIGTERM or Ctrl-C. Returns the exit code."""
     log = Log()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C
+    # Until the server notes stops, SIGTERM raises KeyboardInterrupt as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server = start_server(options, log)
     except KeyboardInterrupt:
@@ -1528,96 +1595,93 @@ def serve(options: argparse.Namespace) -> int:
 
 def start_server(options: argparse.Namespace, log: Log) -> Server:
     """Return a server that has its data and listens. Raises CannotServe."""
-    allow_connections(options, log)
+    start = time.monotonic()
+    options.max_connections = allowed_connections(options.max_connections, log)
     data = Data(options, log)
     try:
         server = Server(options, data, log)
     except (OSError, UnicodeError) as error:
         raise CannotServe(listen_failure(error, options))
+    server.note_hangups()
     try:
         load_with_progress(data)
     except (OSError, ValueError, MemoryError) as error:
-        raise CannotServe(load_failure(error, options.file))
-    server.handle_signals()
+        raise CannotServe(load_failure(error, data.name))
+    server.note_stops()
     try:
         server.server_activate()
     except OSError as error:
         raise CannotServe(listen_failure(error, options))
     port = server.socket.getsockname()[1]
-    log(f"{data.loaded}, on http://{host_and_port(options.host, port)}")
+    log(f"{data.description(start)}, on http://{host_and_port(options.host, port)}")
     return server
 
 
-def allow_connections(options: argparse.Namespace, log: Log) -> None:
-    """Raise the limit of open files to what --max-connections takes, as far as possible.
+def allowed_connections(wanted: Optional[int], log: Log) -> int:
+    """Raise the limit of open files to what `wanted` connections need; return how many to
+    hold.
 
-    Without that option, sets it to what the limit allows.
+    None wants what the limit allows, up to MAX_CONNECTIONS.
     """
-    wanted = options.max_connections or MAX_CONNECTIONS
-    needed = wanted + SPARE_DESCRIPTORS
-    limit = raise_file_limit(needed, log)
-    if not options.max_connections:
-        options.max_connections = max(1, limit - SPARE_DESCRIPTORS)
-    elif limit < needed:
-        log(f"--max-connections {wanted} takes {needed} open files, but the limit is "
-            f"{limit}; raise it with ulimit -n, or LimitNOFILE under systemd")
-
-
-def raise_file_limit(needed: int, log: Log) -> int:
-    """Raise the limit of open files to `needed` if it is lower. Returns what it allows of
-    it.
-    """
-    try:
-        import resource
-    except ImportError:  # on Windows, which has no such limit
-        return needed
+    needed = (wanted or MAX_CONNECTIONS) + SPARE_DESCRIPTORS
     limit = needed
     try:
-        limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if limit == resource.RLIM_INFINITY or limit >= needed:
-            return needed
-        raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-        return raised
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            limit = soft
+            raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            limit = raised
+    except ImportError:  # on Windows, which has no such limit
+        pass
     except (OSError, ValueError) as error:
-        log(f"the limit of open files stays at {limit}: {error}")
-        return limit
+        log(f"cannot raise the limit of open files: {error}")
+    if wanted is None:
+        return max(1, limit - SPARE_DESCRIPTORS)
+    if limit < needed:
+        log(f"--max-connections {wanted} needs {needed} open files, but the limit is "
+            f"{limit}; raise it with ulimit -n, or LimitNOFILE under systemd")
+    return wanted
 
 
 def load_with_progress(data: Data) -> None:
-    """Load the data file in one go. If that takes long, show on a terminal how far it is.
+    """Load the data file without a pause, and show on a terminal how far it has come.
 
     Raises OSError, ValueError and MemoryError.
     """
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    can_wipe = is_terminal and os.name != "nt" and os.environ.get("TERM") != "dumb"
-    wipe = "\r\x1b[K"  # the line
+    can_show = is_terminal and os.name != "nt" and os.environ.get("TERM") != "dumb"
+    clear_line = "\r\x1b[K"
+    is_shown = False
     start = time.monotonic()
     next_shown = start + PROGRESS_SECONDS
     try:
         for _ in data.load():
-            now = time.monotonic()
-            if can_wipe and now >= next_shown:
-                next_shown = now + TICK_SECONDS
-                progress = data.progress(now - start)
-                print(wipe + progress, end="", file=sys.stderr, flush=True)
+            if can_show and time.monotonic() >= next_shown:
+                next_shown = time.monotonic() + TICK_SECONDS
+                is_shown = True
+                sys.stderr.write(clear_line + data.progress(start))
+                sys.stderr.flush()
     finally:
-        if can_wipe and next_shown > start + PROGRESS_SECONDS:
-            print(wipe, end="", file=sys.stderr, flush=True)
+        if is_shown:
+            sys.stderr.write(clear_line)
+            sys.stderr.flush()
 
 
 def listen_failure(error: Exception, options: argparse.Namespace) -> str:
     """Return why the server cannot listen where the options say."""
     reason = getattr(error, "strerror", None) or str(error)
     if isinstance(error, UnicodeError):
-        reason = "not the name of a host"
+        reason = "not a valid host name"
     elif getattr(error, "errno", None) == errno.EADDRINUSE:
         reason += " (--port takes another)"
-    return f"cannot listen on {host_and_port(options.host, options.port)}: {reason}"
+    place = escape(host_and_port(options.host, options.port))
+    return f"cannot listen on {place}: {reason}"
 
 
 def host_and_port(host: str, port: int) -> str:
-    """Return a host, which may be an IPv6 address, and a port as they stand in a URL."""
+    """Return a host, which may be an IPv6 address, and a port as they appear in a URL."""
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
     return f"{host}:{port}"
@@ -1634,20 +1698,20 @@ class NoAnswer(OSError):
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes an error of a redirect: kv sends none, so another server would."""
+    """Treats a redirect as an error: kv never sends one."""
 
     def redirect_request(self, *_) -> None:
-        """Return None, for no other request."""
+        """Return None: do not follow."""
 
 
 def get(key: Union[str, uuid.UUID], url: str = DEFAULT_URL,
         timeout: float = DEFAULT_TIMEOUT) -> bytes:
     """Return the value of a key from the server at `url`.
 
-    The key is anything that uuid.UUID accepts. The time-out, in seconds, is for each
-    silence of the server. Raises ValueError for a key that is no version 4 UUID, and a
-    URL or a time-out that cannot be used; KeyError if the server has no such key; and
-    OSError if it does not answer, or not as kv does.
+    The key is anything that uuid.UUID accepts. The timeout, in seconds, is for each time
+    that the server is silent. Raises ValueError for a key that is not a version 4 UUID,
+    and for a URL or a timeout that cannot be used; KeyError if the server does not have
+    the key; and OSError if it does not answer, or not as kv does.
     """
     path = str(version_4_uuid(key))
     check_url(url)
@@ -1657,7 +1721,7 @@ def get(key: Union[str, uuid.UUID], url: str = DEFAULT_URL,
     proxy = proxy_for(url)
     if proxy:
         proxies[urllib.parse.urlsplit(url).scheme] = proxy
-        place = f"{url} through the proxy {proxy}"
+        place = f"{url} through the proxy {proxy.rpartition('@')[2]}"  # no password
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), NoRedirect)
     try:
         with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
@@ -1667,14 +1731,18 @@ def get(key: Union[str, uuid.UUID], url: str = DEFAULT_URL,
         if error.code == 404 and body == KEY_NOT_FOUND:
             raise KeyError(path) from None
         line = body.decode("utf-8", "replace").partition("\n")[0]
-        said = escape(f"{error.code} {error.reason}: {line}")
+        said = shorten(f"{error.code} {error.reason}: {line}")
         raise NoAnswer(f"{place} answered {said}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise NoAnswer(f"cannot ask {place}: {ask_failure(error, timeout)}") from None
+        reason = ask_failure(error, timeout)
+        if reason == "Connection refused" and not proxy:
+            reason += ("; start a server with `python kv.py serve FILE`, "
+                       "or name another with --url")
+        raise NoAnswer(f"cannot ask {place}: {reason}") from None
 
 
 def version_4_uuid(key: Union[str, uuid.UUID]) -> uuid.UUID:
-    """Return a key as a UUID. Raises ValueError if it is not one of version 4."""
+    """Return a key as a UUID. Raises ValueError if it is not a version 4 UUID."""
     try:
         identifier = uuid.UUID(str(key))
     except ValueError:
@@ -1687,35 +1755,32 @@ def version_4_uuid(key: Union[str, uuid.UUID]) -> uuid.UUID:
 def check_url(url: str) -> None:
     """Raise ValueError if `url` is not the URL of a server."""
     parts = urllib.parse.urlsplit(url)
-    try:
-        port = parts.port or 80
-        is_port = 0 < port and not parts.netloc.endswith(":0")
-    except ValueError:
-        is_port = False
     if "://" not in url:
         raise ValueError(f"{url}: add http:// before it")
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"{url}: the scheme must be http or https")
     if "?" in url or "#" in url:
-        raise ValueError(f"{url}: a query or a fragment has no place here")
+        raise ValueError(f"{url}: a query or a fragment is not allowed")
     if "@" in parts.netloc:
         raise ValueError(f"{url}: user names and passwords are not supported")
     if not parts.hostname:
         raise ValueError(f"{url}: the host is missing")
+    try:
+        is_port = parts.port != 0
+    except ValueError:
+        is_port = False
     if not is_port:
         raise ValueError(f"{url}: the port must be a number from 1 to 65535")
 
 
 def check_timeout(seconds: float) -> None:
-    """Raise ValueError if a time-out is not one that sockets accept."""
+    """Raise ValueError if a timeout is not one that sockets accept."""
     if not 0 < seconds <= MAX_TIMEOUT:
         raise ValueError(f"{seconds:g} is not above 0 and up to {MAX_TIMEOUT} seconds")
 
 
 def proxy_for(url: str) -> Optional[str]:
-    """Return the proxy through which a URL is to be asked, if any. No loopback address
-    is.
-    """
+    """Return the proxy to use for a URL, or None. Loopback addresses never have one."""
     parts = urllib.parse.urlsplit(url)
     if LOOPBACK_RE.fullmatch(parts.hostname) or urllib.request.proxy_bypass(parts.netloc):
         return None
@@ -1723,23 +1788,25 @@ def proxy_for(url: str) -> Optional[str]:
 
 
 def read_value(answer: http.client.HTTPResponse) -> bytes:
-    """Return the body of an answer. Raises OSError if it is not an answer of kv."""
-    lengths = answer.headers.get_all("Content-Length", [])
+    """Return the body of an answer. Raises OSError if it is not as kv answers."""
     if answer.status != 200:
-        raise OSError(f"kv does not answer {answer.status} {answer.reason}")
+        raise OSError(f"unexpected status {answer.status} {answer.reason}")
     if answer.getheader("Content-Encoding") or answer.getheader("Transfer-Encoding"):
-        raise OSError("the answer is encoded, which kv does not do")
-    if len(lengths) != 1 or not re.fullmatch("[0-9]+", lengths[0]):
-        raise OSError("the answer has no proper Content-Length")
+        raise OSError("unexpected Content-Encoding or Transfer-Encoding")
+    if answer.headers.get_content_type() != "text/plain":
+        raise OSError("unexpected Content-Type; is that a server of another kind?")
+    lengths = answer.headers.get_all("Content-Length", [])
+    if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
+        raise OSError("missing, doubled or malformed Content-Length")
     missing = int(lengths[0])
     if missing > MAX_VALUE_BYTES:
-        raise OSError(f"{missing} bytes are more than a value can have here")
+        raise OSError(f"a value of {missing} bytes, which is too large")
     pieces = []
     try:
         while missing:
             piece = answer.read(min(missing, SENT_BYTES))
             if not piece:
-                raise OSError(f"the answer breaks off {missing} bytes before its end")
+                raise OSError(f"the answer ended {missing} bytes early")
             pieces.append(piece)
             missing -= len(piece)
         return b"".join(pieces)
@@ -1759,24 +1826,24 @@ def read_error(error: urllib.error.HTTPError) -> bytes:
 def ask_failure(error: Exception, timeout: float) -> str:
     """Return why a server could not be asked, and what to do."""
     reason = getattr(error, "reason", error)  # what a URLError wraps
+    text = shorten(getattr(reason, "strerror", None) or str(reason).strip())
     if isinstance(reason, ConnectionRefusedError):
-        return ("Connection refused; start a server with `python kv.py serve FILE`, "
-                "or name another with --url")
+        return "Connection refused"
     if isinstance(reason, socket.timeout):
         return f"no answer within {timeout:g} s"
     if "WRONG_VERSION_NUMBER" in str(reason) or "RECORD_LAYER" in str(reason):
-        return "no TLS there, use http://"
+        return "the server does not speak TLS; use http://"
     if isinstance(reason, http.client.RemoteDisconnected):
         return "the connection was closed without an answer"
     if isinstance(reason, http.client.BadStatusLine):
-        return f"no HTTP there: {escape(str(reason).strip())}"
-    return escape(getattr(reason, "strerror", None) or str(reason))
+        return f"not an HTTP server: {text}"
+    return text
 
 
 def keys_to_ask(keys: List[str]) -> Iterator[str]:
-    """Yield the keys, and for a "-" those on standard input, one a line.
+    """Yield the keys, and for a "-" those on standard input, one per line.
 
-    Raises ValueError if that cannot be read.
+    Raises ValueError if standard input cannot be read.
     """
     for key in keys:
         if key != "-":
@@ -1808,7 +1875,7 @@ def print_value(key: str, options: argparse.Namespace, output: BinaryIO) -> int:
 
 
 def print_values(options: argparse.Namespace) -> int:
-    """Print the values of keys, a line each. Returns the exit code."""
+    """Print the values of keys, one per line. Returns the exit code."""
     if sys.stdout is None:
         complain("standard output is closed")
         return 2
@@ -1832,7 +1899,7 @@ def print_values(options: argparse.Namespace) -> int:
 # The command line
 
 class Parser(argparse.ArgumentParser):
-    """Tells of wrong usage in one line."""
+    """Reports wrong usage in one line."""
 
     def error(self, message: str) -> None:
         """Print `message` and where to read more, and exit: called by argparse."""
@@ -1855,7 +1922,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="kv.py",
         description="A read-only key-value server in one file, and its client.",
-        epilog="Say `kv.py serve --help` or `kv.py get --help` for more.")
+        epilog="Run `kv.py serve --help` or `kv.py get --help` for more.")
     parser.add_argument("--version", action="version", version=f"kv {__version__}",
                         help="Print the version and exit.")
     commands = parser.add_subparsers(metavar="serve | get", dest="command", required=True)
@@ -1866,89 +1933,97 @@ def make_parser() -> Parser:
     command.set_defaults(parser=command)
     command.add_argument(
         "file", metavar="FILE",
-        help="The file with the pairs, each a line: a version 4 UUID, one space and the "
+        help="The file with the pairs, one per line: a version 4 UUID, one space and the "
              "value. A - stands for standard input.")
     command.add_argument(
         "--host", default="127.0.0.1",
         help="The address to listen on: 0.0.0.0 for all of IPv4, :: for all of IPv4 and "
-             "IPv6. By default %(default)s, which only this machine reaches.")
+             "IPv6. By default %(default)s, reachable only from this machine.")
     command.add_argument(
         "--port", type=whole_number(0, 65535), default=8000,
-        help="The port to listen on, by default %(default)s; 0 takes a free one.")
+        help="The port to listen on, by default %(default)s; 0 picks a free one.")
     command.add_argument(
         "--max-connections", metavar="COUNT", type=whole_number(1, 1000000),
-        help="Hold at most so many connections. One more takes the place of the one that "
-             "has waited longest. By default as many as the limit of open files allows, "
-             f"at most {MAX_CONNECTIONS}.")
+        help="Hold at most this many connections. A further one replaces the one that "
+             "has been waiting longest. By default as many as the limit of open files "
+             f"allows, up to {MAX_CONNECTIONS}.")
     command.add_argument(
         "--verbose", action="store_true", help="Log each request on standard error.")
     command.add_argument(
         "--sorted", action="store_true",
-        help="Do not load FILE, but look keys up in it: for data larger than memory. FILE "
-             "must be sorted by LC_ALL=C sort.")
+        help="Do not load FILE, but look keys up in it: for data larger than memory. "
+             "FILE must be sorted with LC_ALL=C sort.")
     command.add_argument(
         "--no-check", dest="check", action="store_false",
-        help="With --sorted: trust that FILE is in order, and listen at once.")
+        help="With --sorted: trust that FILE is in order, and listen immediately.")
 
     command = commands.add_parser(
         "get", help="Print the values of keys.",
-        description="Ask a server for the values of keys, and print each on a line.")
+        description="Ask a server for the values of keys, and print them, one per line.")
     command.set_defaults(parser=command)
     command.add_argument(
         "keys", metavar="KEY", nargs="+",
-        help="A version 4 UUID. A - stands for keys on standard input, one a line.")
+        help="A version 4 UUID. A - stands for keys on standard input, one per line.")
     command.add_argument(
         "--url", default=DEFAULT_URL,
         help="The URL of the server. By default $KV_URL, or http://127.0.0.1:8000.")
     command.add_argument(
         "--timeout", metavar="SECONDS", type=float, default=DEFAULT_TIMEOUT,
-        help="Give up when the server is silent for so long. By default %(default)g s.")
+        help="Give up when the server is silent for this long. By default %(default)g s.")
     return parser
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """End the program if options are not what they should be."""
-    if options.command == "get":
-        try:
-            check_url(options.url)
-        except ValueError as error:
-            options.parser.error(f"--url: {error}")
-        try:
-            check_timeout(options.timeout)
-        except ValueError as error:
-            options.parser.error(f"--timeout: {error}")
-        return
-    if options.file == "-":
-        options.file = 0
+def check_serve_options(options: argparse.Namespace) -> None:
+    """End the program if options of `serve` do not go together."""
     if not options.check and not options.sorted:
-        options.parser.error("--no-check is for --sorted files")
+        options.parser.error("--no-check requires --sorted")
     if options.sorted and not hasattr(os, "pread"):
         options.parser.error("--sorted needs a system with pread, which Windows lacks")
-    is_file = os.path.isfile(options.file) or not os.path.exists(options.file)
-    if options.sorted and not (options.file and is_file):
+    is_special = os.path.exists(options.file) and not os.path.isfile(options.file)
+    if options.sorted and (options.file == "-" or is_special):
         options.parser.error("--sorted is for files, not for standard input or a pipe")
+
+
+def check_get_options(options: argparse.Namespace) -> None:
+    """End the program if options of `get` cannot be used."""
+    try:
+        check_url(options.url)
+    except ValueError as error:
+        options.parser.error(f"--url: {error}")
+    try:
+        check_timeout(options.timeout)
+    except ValueError as error:
+        options.parser.error(f"--timeout: {error}")
+
+
+def check_command(command: str, parser: Parser) -> None:
+    """End the program if the first argument is none of its commands, with a guess if
+    possible.
+    """
+    if command in ("", "serve", "get") or command.startswith("-"):
+        return
+    if os.path.exists(command):
+        parser.error(f"did you mean `kv.py serve {command}`?")
+    if KEY_RE.fullmatch(os.fsencode(command)):
+        parser.error(f"did you mean `kv.py get {command}`?")
+    parser.error(f"{command}: neither serve nor get")
 
 
 def main() -> int:
     """Run the command that `sys.argv` gives. Returns the exit code."""
     parser = make_parser()
-    first = "".join(sys.argv[1:2])
-    if first not in ("serve", "get") and not first.startswith("-"):
-        if os.path.exists(first):
-            parser.error(f"did you mean `kv.py serve {first}`?")
-        if KEY_RE.fullmatch(os.fsencode(first)):
-            parser.error(f"did you mean `kv.py get {first}`?")
-        if first:
-            parser.error(f"{first}: neither serve nor get")
+    if len(sys.argv) > 1:
+        check_command(sys.argv[1], parser)
     options, unknown = parser.parse_known_args()
-    if unknown:
-        options.parser.error(f"not understood: {' '.join(unknown)}")
-    check_options(options)
+    if unknown:  # reported by the parser of the command, which knows its own --help
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if options.command == "serve":
+            check_serve_options(options)
             return serve(options)
+        check_get_options(options)
         return print_values(options)
-    except KeyboardInterrupt:  # Ctrl-C under get, or a second one under serve
+    except KeyboardInterrupt:  # Ctrl-C during get, or a second one during serve
         return 130
 
 
