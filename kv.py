@@ -66,10 +66,10 @@ __version__ = "2.0"
 # Limits
 
 # The data file
-STEP_BYTES = 1 << 14          # parsed before requests are looked at again
-STEP_PAIRS = 64               # freed before requests are looked at again
+STEP_BYTES = 1 << 14          # of the file, parsed in one step of a reload
+STEP_PAIRS = 64               # of the old dict, freed in one step after a reload
 BAD_LINES_SHOWN = 10          # bad lines that are named; the others are only counted
-BAD_LINE_BYTES = 50           # bytes of a bad line that are shown
+BAD_LINE_BYTES = 50           # shown of a bad line
 PROGRESS_SECONDS = 1.0        # a load that takes longer shows its progress
 
 # Sorted files
@@ -81,24 +81,25 @@ MARKS = 20000                 # largest number of marks; large files have wider 
 RECEIVE_BYTES = 8192          # taken from a connection at a time
 LINE_BYTES = 8000             # longest request line, without its CRLF
 HEAD_BYTES = 16000            # longest head, with the empty line at its end
-METHOD_BYTES = 17             # longest method that HTTP defines, UPDATEREDIRECTREF
+METHOD_BYTES = 17             # longest registered method, UPDATEREDIRECTREF
 VERDICTS = 1024               # number of verdicts that are remembered
-VERDICT_BYTES = 2000          # longest head whose verdict is remembered
+VERDICT_BYTES = 2000          # longest fields of a head on which one is remembered
 
 # Answers
 COPIED_BYTES = 1024           # longest value that is copied; others are sent in place
-PIECE_BYTES = 1 << 14         # of a long value in a sorted file, read at a time
-SENT_BYTES = 1 << 18          # most that is sent at a time; a thread sends what is more
-ANSWER_SECONDS = 10           # a client has this time to take an answer, and one more
-ANSWER_BYTES_A_SECOND = 10000     # second for this many bytes of it
-STALL_SECONDS = 10            # a client that takes nothing for this time is closed
+PIECE_BYTES = 1 << 15         # of a long value, read at a time
+SENT_BYTES = 1 << 18          # sent at a time; a larger answer is left to a thread
+ANSWER_SECONDS = 10           # time in which an answer must be taken, plus its size
+ANSWER_BYTES_A_SECOND = 10000     # divided by this rate
+STALL_SECONDS = 10            # longest time in which a client takes nothing at all
 LINGER_SECONDS = 3            # time that a refused client has to stop sending
 
 # Connections
 MAX_CONNECTIONS = 10000       # without --max-connections
 SPARE_DESCRIPTORS = 32        # open files that are not connections
 ACCEPT_QUEUE = 1000           # connections that the system keeps until they are accepted
-IDLE_SECONDS = 650            # between two requests; load balancers close before that
+IDLE_SECONDS = 650            # between two requests; more than load balancers allow, so
+                              # that it is they who close an idle connection
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop to the end of the last connection
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
@@ -112,13 +113,17 @@ DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = 10.0        # seconds
 MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
 MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
+KEYS_TOGETHER = 200           # asked for in one request, which fits in LINE_BYTES
+TOGETHER_BYTES = 1 << 26      # largest answer to that; else each key is asked for alone
 QUOTED_CHARACTERS = 200       # of what a server says, in messages
 
 
 # ---------------------------------------------------------------------------
 # Messages
 
+# A pipe that is ready to be written takes this much at once, or nothing.
 LOG_LINE_BYTES = getattr(select, "PIPE_BUF", 512)
+
 
 def escape(text: str) -> str:
     """Return `text` on one line, with nonprintable characters escaped."""
@@ -155,15 +160,19 @@ class Log:
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
         is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
-        if self.is_terminal or is_pipe:
-            # Descriptor 2 is shared with other programs, such as the shell, and so it
-            # must stay a blocking one. Reopened, the pipe or terminal has a mode of its
-            # own.
-            try:
-                self.descriptor = os.open(
-                    "/dev/stderr", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            except (OSError, AttributeError):  # Windows lacks these flags
-                pass
+        if os.name == "posix" and (is_pipe or self.is_terminal):
+            self.descriptor = self.nonblocking_descriptor()
+
+    def nonblocking_descriptor(self) -> int:
+        """Return a descriptor of standard error that never blocks, if possible.
+
+        Descriptor 2 must stay a blocking one: other programs, such as the shell, share
+        its mode. If the same pipe or terminal is opened again, that has its own mode.
+        """
+        try:
+            return os.open("/dev/stderr", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError:
+            return 2
 
     def write(self, line: str) -> None:
         """Write a line, given without its newline. A very long one is cut."""
@@ -172,18 +181,15 @@ class Log:
         data = line.encode("utf-8", "backslashreplace")
         try:
             if os.name == "posix":
-                # For what could not be reopened, this look is all there is.
                 _, writable, _ = select.select([], [self.descriptor], [], 0)
                 if not writable:
                     return
-            # A pipe that is writable takes this much at once, or nothing.
             os.write(self.descriptor, data[:LOG_LINE_BYTES - 1] + b"\n")
         except OSError:
             pass  # the reader is gone
 
     def __call__(self, text: str) -> None:
-        """Write each line of `text`, with the time unless standard error is a terminal.
-        """
+        """Write each line of `text`, after the time unless a terminal shows it."""
         prefix = "kv: "
         if not self.is_terminal:
             now = datetime.datetime.now().astimezone()
@@ -198,7 +204,8 @@ class Log:
 # A line is a key, one space, a value and a newline. It becomes a pair in a dict, in
 # bytes.
 
-# RFC 9562 section 5.4. The keys of a dict are in lower case, those in its file in either.
+# RFC 9562 section 5.4. A file may have its keys in either case, a dict has them in lower
+# case.
 KEY = rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 KEY_IN_EITHER_CASE = (  # (?i) would do, but matches at half the speed
     rb"[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-4[0-9A-Fa-f]{3}-[89ABab][0-9A-Fa-f]{3}"
@@ -258,7 +265,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
 
     `name` is the name of the file in messages. Returns warnings: texts on what is
     probably a mistake. Raises OSError if the file cannot be read, and ValueError if it
-    cannot be served. Then the text says why, with a line for each bad line of the file.
+    cannot be served; the text of that says why, with a line for each bad line.
     """
     pair_re = SORTED_PAIR_RE if isinstance(pairs, Sorted) else PAIR_RE
     stamp_before = stamp(file.fileno())
@@ -282,6 +289,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
                 continue
         if line == b"\n":  # an empty line is no fault
             continue
+        # All that follows is about a bad line.
         if number == 1:
             refuse_compressed(line, name)
         bad_count += 1
@@ -300,13 +308,13 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
     if not line.endswith(b"\n"):
         warnings.append(f"{name}: the last line has no newline; was the file cut off?")
     if all_end_in_cr:
-        warnings.append(f"{name}: all values end in \\r; has the file Windows line ends?")
+        warnings.append(
+            f"{name}: all values end in \\r; does the file have Windows line endings?")
     return warnings
 
 
 def refuse_compressed(first_line: bytes, name: str) -> None:
-    """Raise ValueError if the first line of the file `name` shows that it is compressed.
-    """
+    """Raise ValueError if this is the first line of a compressed file."""
     for beginning, kind, program in COMPRESSED:
         if first_line.startswith(beginning):
             raise ValueError(f"{name}: {kind} data; decompress it first, as in: "
@@ -325,12 +333,12 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
     if identifier[1] != b"4":
         return f"a UUID, but version {identifier[1].decode().lower()}, not 4"
     if identifier[2] not in b"89abAB":
-        return "a UUID, but not of the variant of RFC 9562"
+        return "a UUID, but not of the RFC 9562 variant"
     if line[KEY_BYTES:KEY_BYTES + 1] != b" ":
         return "no space after the key"
     if isinstance(pairs, Sorted):
         if not SORTED_PAIR_RE.match(line):
-            return "a key in upper case, which --sorted does not take"
+            return "a key in upper case, which --sorted does not accept"
         if line[:KEY_BYTES] < pairs.last_key:
             return "a key below the one before it; sort the file with LC_ALL=C sort"
     return "duplicate key, first on an earlier line"
@@ -340,11 +348,11 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
 # Sorted files
 #
 # Version 4 UUIDs are random. So the place of a key in a file that is sorted by its keys
-# can be computed from the key itself, much as one opens a printed encyclopedia: S is near
-# the end.
+# can be estimated from the key itself, much as one opens a printed encyclopedia near its
+# end for "submarine".
 
-FIRST_KEY_RE = re.compile(rb"\n(" + KEY + rb") ")
-LAST_KEY_RE = re.compile(rb"(?s).*\n(" + KEY + rb") ")  # .* takes all that it can
+FIRST_KEY_RE = re.compile(rb"\n(" + KEY + rb") ")         # first whole key in a page
+LAST_KEY_RE = re.compile(rb"(?s).*\n(" + KEY + rb") ")    # last one, as .* is greedy
 
 
 class FileChanged(Exception):
@@ -360,37 +368,38 @@ class Sorted:
     has come: a mark. To the server it is a dict with a `get`.
 
     A place is the offset of a newline in the file, in bytes. Lines are found by the
-    newline before them. The one before the first line is not in the file; its place is
-    -1.
+    newline before them. As there is none before the first line, the file is treated as
+    if one stood at offset -1.
     """
 
-    descriptor: Optional[int] = None
+    descriptor: Optional[int] = None  # until os.dup has made one
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file                         # read by the parser, closed after that
+        self.file = file                         # for the parser, closed after that
         self.descriptor = os.dup(file.fileno())  # for lookups
         self.stamp = stamp(self.descriptor)
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # Marks, in ascending order: a key, as a number, and the place that separates the
-        # lines with keys up to that one from the lines with greater keys.
-        self.marks = [(0, -1), (1 << 128, self.size)]
+        # Marks, in ascending order. Lines that begin before the place of a mark have keys
+        # up to its number, the other lines have greater keys.
+        self.mark_numbers = [0, 1 << 128]
+        self.mark_places = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
         self.bytes_since_mark = 0
-        # The flag that makes preadv read only what is in memory, or 0 where there is
-        # none.
+        # Makes preadv read only what is in memory; 0 where the system cannot do that.
         self.nowait_flag = getattr(os, "RWF_NOWAIT", 0)
 
     def __del__(self) -> None:
+        # Not as soon as a reload has replaced these pairs: a thread may still read them.
         if self.descriptor is not None:
-            os.close(self.descriptor)  # not earlier: a thread may read after a reload
+            os.close(self.descriptor)
 
     def __len__(self) -> int:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
-        """Tell the parser that a key which does not ascend is there already."""
+        """Return whether `key` is not above all keys before it, and so is refused."""
         return key <= self.last_key
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
@@ -399,26 +408,27 @@ class Sorted:
         self.bytes_since_mark += KEY_BYTES + len(value)
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            place = self.file.tell() - 1  # of the newline at the end of this line
-            self.marks.insert(-1, (key_number(key), place))
+            self.mark_numbers.insert(-1, key_number(key))
+            self.mark_places.insert(-1, self.file.tell() - 1)  # the end of this line
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Body]":
         """Return the value of `key`, or None if there is no such key.
 
-        If it may not `wait`, raises BlockingIOError when pages have to come from the
+        If it may not `wait`, it raises BlockingIOError when pages have to come from the
         disk, or when many have to be read. Raises FileChanged if the file was changed in
         place.
         """
-        if not KEY_RE.fullmatch(key):  # it is a path that was not judged
+        if not KEY_RE.fullmatch(key):  # most callers do not know what they ask for
             return None
         number = key_number(key)
-        mark = bisect.bisect_left(self.marks, (number,))
-        low_number, low = self.marks[mark - 1]
-        high_number, high = self.marks[mark]
-        # The line with the key, if there is one, begins at a place from `low` on, and
-        # before `high`. Lines that begin before `low` have keys up to low_number, those
-        # that begin from `high` on have keys from high_number on. low_number < number <=
-        # high_number.
+        mark = bisect.bisect_left(self.mark_numbers, number)
+        low_number = self.mark_numbers[mark - 1]
+        high_number = self.mark_numbers[mark]
+        low = self.mark_places[mark - 1]
+        high = self.mark_places[mark]
+        # If there is a line with the key, it begins at a place from `low` on and before
+        # `high`, which becomes smaller with each page that is read. Its number is above
+        # low_number and at most high_number.
         reads = 0
         while low < high:
             reads += 1
@@ -433,49 +443,58 @@ class Sorted:
             if line >= 0:
                 return self.value_at(place, page, line + KEY_BYTES + 2, wait)
             first = FIRST_KEY_RE.search(page)
-            if not first or key < first[1]:
-                high = start
-                if first:
-                    high_number = key_number(first[1])
-                continue
             last = LAST_KEY_RE.match(page)
-            if key < last[1]:
-                return None  # it would stand between two keys of this page
-            low = place + last.start(1)  # after the newline of that line
-            low_number = key_number(last[1])
+            if not first:  # no line begins between `start` and `high`
+                high = start
+            elif key < first[1]:  # the line is before this page
+                high = start
+                high_number = key_number(first[1])
+            elif key > last[1]:  # the line is after the last one that begins in this page
+                low = place + last.start(1)
+                low_number = key_number(last[1])
+            else:  # the line would be in this page
+                return None
         return None
 
     def page_with_key(self, place: int, high: int, wait: bool) -> Tuple[int, bytes]:
-        """Return place and content of the first page from `place` on in which a key
-        begins.
+        """Return place and content of the first page from `place` on that contains a key.
 
-        Stops at `high`.
+        A page may lie in a long value. Gives up at `high`, with a page without a key.
         """
-        start = place
         page = self.read(place, PAGE_BYTES, wait)
-        while place < high and not FIRST_KEY_RE.search(page):  # a page in a long value
-            if not wait and place > start:
-                raise BlockingIOError("a long search is left to a thread")
-            cut_off = place + len(page) - KEY_BYTES - 1  # where a key may begin
-            place = self.find_newline(max(cut_off, place + 1), wait)
+        if FIRST_KEY_RE.search(page):
+            return place, page
+        while place < high:
+            # Continue at the next newline, or at one near the end of the page, as the key
+            # after that may be cut off.
+            end = place + len(page) - KEY_BYTES - 1
+            place = self.find_newline(max(end, place + 1), wait)
             page = self.read(place, PAGE_BYTES, wait)
+            if FIRST_KEY_RE.search(page):
+                break
+            if not wait:
+                raise BlockingIOError("a long search is left to a thread")
         return place, page
 
     def value_at(self, place: int, page: bytes, index: int, wait: bool) -> "Body":
-        """Return the value that begins at `index` of the page that begins at `place`."""
+        """Return the value that begins at `index` of the page that begins at `place`.
+
+        A long one is a StoredValue if this may `wait`, and never if it may not.
+        """
+        start = place + index
         end = page.find(b"\n", index)
         if end >= 0:
+            size = end - index
+        else:  # the value continues past the page
+            size = self.find_newline(start, wait) - start
+        if wait and size > COPIED_BYTES:
+            return StoredValue(self, start, size)
+        if end >= 0:
             return page[index:end]
-        start = place + index  # the value continues past the page
-        size = self.find_newline(start, wait) - start
-        if size <= PIECE_BYTES:
-            return self.read(start, size, wait)
-        return StoredValue(self, start, size)
+        return self.read(start, size, wait)
 
     def find_newline(self, offset: int, wait: bool) -> int:
-        """Return the place of the first newline from `offset` on, or the size of the
-        file.
-        """
+        """Return the place of the first newline from `offset` on, or the file's size."""
         while offset < self.size:
             piece = self.read(offset, PIECE_BYTES, wait)
             newline = piece.find(b"\n")
@@ -501,18 +520,17 @@ class Sorted:
         return content
 
     def read_from_memory(self, offset: int, size: int) -> bytes:
-        """Do as os.pread does, but raise BlockingIOError if the disk would have to be
-        read.
-        """
+        """Read like os.pread, but raise BlockingIOError if that would read the disk."""
         content = bytearray(size)
         try:
             count = os.preadv(self.descriptor, [content], offset, self.nowait_flag)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise  # BlockingIOError, most likely
-            self.nowait_flag = 0  # tmpfs cannot tell, but it is always in memory
+            self.nowait_flag = 0  # some file systems, such as tmpfs, cannot tell
             return os.pread(self.descriptor, size, offset)
-        if count < min(size, self.size - offset):
+        expected = min(size, self.size - offset)
+        if count < expected:
             raise BlockingIOError("only a part is in memory")
         return bytes(content[:count])
 
@@ -546,15 +564,14 @@ class StoredValue:
 
 
 Pairs = Union[Dict[bytes, bytes], Sorted]
-Body = Union[bytes, StoredValue]  # of an answer
-Verdict = Tuple[int, bytes, bool]
+Body = Union[bytes, StoredValue, "Lines"]  # of an answer
 
 
 # ---------------------------------------------------------------------------
 # Loading
 
 def load(path: str) -> Dict[bytes, bytes]:
-    """Return the pairs in the data file at `path`: for those who import this file.
+    """Return the pairs in the data file at `path`, for those who import this file.
 
     Raises OSError if the file cannot be read, ValueError if it is not well formed, with a
     line of text for each bad line, and MemoryError if it is too large.
@@ -580,26 +597,30 @@ class Data:
         self.is_checked = options.check
         self.log = log
         self.pairs: Pairs = {}
-        self.size = ""                   # "10000 pairs": as messages say it
+        self.summary = ""                # "10000 pairs", as messages say it
         self.since = ""                  # date of the last load
         self.new_pairs: Pairs = {}       # those of a load that is under way
         self.new_file: Optional[BinaryIO] = None   # the file of that load
         self.change_reported = False     # whether the log says that the file was changed
 
     def load(self) -> Iterator[None]:
-        """Load the file and swap its pairs in. Raises OSError, ValueError and
-        MemoryError.
+        """Load the file and swap its pairs in.
+
+        Raises OSError, ValueError and MemoryError.
         """
-        size = "unchecked pairs"
-        with open_data(self.path) as self.new_file:
-            self.new_pairs = Sorted(self.new_file) if self.is_sorted else {}
+        summary = "unchecked pairs"
+        with open_data(self.path) as file:
+            self.new_file = file
+            if self.is_sorted:
+                self.new_pairs = Sorted(file)
             if self.is_checked:
-                warnings = yield from parse(self.new_file, self.name, self.new_pairs)
+                warnings = yield from parse(file, self.name, self.new_pairs)
                 for warning in warnings:
                     self.log(warning)
-                size = f"{len(self.new_pairs)} pairs"
+                summary = f"{len(self.new_pairs)} pairs"
         self.pairs = self.new_pairs
-        self.size = size
+        self.new_pairs = {}
+        self.summary = summary
         self.since = email.utils.formatdate(usegmt=True)
         self.change_reported = False
 
@@ -610,31 +631,35 @@ class Data:
         """
         start = time.monotonic()
         old_pairs = self.pairs
-        self.new_pairs = {}
+        failure = ""
         try:
             if self.path == "-" or not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise ValueError(f"{self.name}: not a file that can be read again")
             yield from self.load()
         except Exception as error:
-            self.log(f"{load_failure(error, self.name)}\nthe data stays as it was")
+            failure = load_failure(error, self.name)
             unneeded = self.new_pairs
+            self.new_pairs = {}
         else:
-            before = f" ({len(old_pairs)} before)" if self.is_checked else ""
-            self.log(f"{self.description(start)}, reloaded{before}")
+            success = f"{self.description(start)}, reloaded"
+            if self.is_checked:
+                success += f" ({len(old_pairs)} before)"
+            self.log(success)
             unneeded = old_pairs
-        self.new_pairs = {}
-        # To free a dict of millions in one go would hold up all clients.
+        # Freeing a dict of millions at once would hold up all clients.
         while isinstance(unneeded, dict) and unneeded:
             for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
             yield
+        if failure:  # now there is memory for it, if that is what was lacking
+            self.log(f"{failure}\nthe data stays as it was")
 
     def description(self, start: float) -> str:
-        """Return what the log says of a load that began at a time.monotonic()."""
-        return f"{self.size} of {self.name} in {time.monotonic() - start:.2f} s"
+        """Return what the log says of a load; `start` is a time.monotonic()."""
+        return f"{self.summary} of {self.name} in {time.monotonic() - start:.2f} s"
 
     def progress(self, start: float) -> str:
-        """Return how far a load has come that began at a time.monotonic()."""
+        """Return how far a load has come; `start` is a time.monotonic()."""
         percent = "?"
         if self.new_file.seekable():
             size = os.fstat(self.new_file.fileno()).st_size
@@ -642,14 +667,6 @@ class Data:
         count = len(self.new_pairs)
         rate = count / (time.monotonic() - start)
         return f"{percent} % read, {count} pairs, {rate:.0f} a second"
-
-    def status_page(self) -> bytes:
-        """Return what GET / shows. Raises FileChanged if lookups would raise it."""
-        if isinstance(self.pairs, Sorted):
-            self.pairs.check()
-        text = (f"{self.size} of {os.path.basename(self.name)}, since {self.since}\n"
-                "get a value with GET /KEY, where KEY is a version 4 UUID\n")
-        return text.encode()
 
     def report_change(self) -> None:
         """Log, but only once, that the file was changed in place."""
@@ -675,49 +692,47 @@ def load_failure(error: Exception, name: str) -> str:
 # remembered.
 #
 # A verdict is a tuple of three: the status of the answer; a text; and whether to close
-# the connection after the answer. With status 200, the text is the path that is asked
-# for, else the line that says what is wrong.
+# the connection after the answer. The text of most verdicts is a line that says what is
+# wrong. With status 200 it is the path, or the key or keys, that the request asks for.
+
+Verdict = Tuple[int, bytes, bool]
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                       # RFC 9110 section 5.6.2
 TOKEN_RE = re.compile(TOKEN)
 VERSION_RE = re.compile(rb"HTTP/[0-9]\.[0-9]")                # RFC 9112 section 2.3
 FIELD_RE = re.compile(                                        # RFC 9112 section 5
     rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
-TARGET_RE = re.compile(      # visible ASCII without "#<>\^`{|}, see RFC 3986 appendix A
-    rb"(?:[!$&-;=?-Z\[\]_a-z~]|%[0-9A-Fa-f]{2})+")
-HOST = rb"""
-    (?: \[ [0-9A-Fa-f]{0,4} : [0-9A-Fa-f:.]* \]               # an IPv6 address, roughly
-      | (?: [0-9A-Za-z._~!$&'()*+;=-] | %[0-9A-Fa-f]{2} )+    # an IPv4 address or a name
-    )
-    (?: : [0-9]{0,5} )?                                       # a port
-    """                                                       # RFC 3986 section 3.2.2
-HOST_RE = re.compile(HOST, re.VERBOSE)
-ABSOLUTE_TARGET_RE = re.compile(
-    rb"(?i: http:// )" + HOST + rb"(?: / ([^?]*) )? (?: \? .* )?", re.VERBOSE)
-LINE_BEGINNING_RE = re.compile(                               # as in "GET /x HTT"
-    rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
+TARGET_RE = re.compile(                                       # RFC 3986 appendix A
+    rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]|%[0-9A-Fa-f]{2})+")
+HOST = (                                                      # RFC 3986 section 3.2.2
+    rb"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]"                # an IPv6 address, roughly
+    rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"      # a name; no comma: that
+    rb"(?::[0-9]{0,5})?")                                     # would be two; and a port
+HOST_RE = re.compile(HOST)
+ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.*)?")
+LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")  # "GET /x HT"
 OTHER_METHODS = (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH")
 
 
-def refuse(status: int, text: str) -> Verdict:
+def refusal(status: int, text: str) -> Verdict:
     """Return the verdict on what is not a proper request. Nothing is read after it."""
     return status, text.encode(), True
 
 
-BARE_LINE_END = refuse(400, "bare CR or LF (RFC 9112 section 2.2)")
-MALFORMED_LINE = refuse(
+BARE_LINE_END = refusal(400, "bare CR or LF (RFC 9112 section 2.2)")
+MALFORMED_LINE = refusal(
     400, "malformed request line: not METHOD TARGET HTTP/1.1 CRLF (RFC 9112 section 3)")
+OTHER_VERSION = refusal(
+    505, "unsupported HTTP version: use 1.1 (RFC 9112 section 2.3)")
 
 
 def judge(head: bytes) -> Verdict:
     """Judge a complete head, given without the empty line at its end.
 
-    Paths, which come without their first slash, are left to `judge_path`: nearly all are
-    keys that are found in the data as they are, and need not be judged.
+    A path, which the verdict has without its first slash, is not judged here but in
+    `judge_path`: nearly all paths are keys that are found in the data as they are.
     """
-    judge_rest = judge_fields
-    if len(head) > VERDICT_BYTES:
-        judge_rest = judge_fields.__wrapped__  # the function that does not remember
+    if len(head) > LINE_BYTES:
         too_long = judge_length(head + b"\r\n\r\n")
         if too_long:
             return too_long
@@ -725,10 +740,18 @@ def judge(head: bytes) -> Verdict:
     if len(words) < 3:
         return MALFORMED_LINE
     method, target, rest = words
-    status, text, close = judge_rest(method, rest)
+    if len(rest) <= VERDICT_BYTES:
+        status, text, close = remembered_verdict(method, rest)
+    else:
+        status, text, close = judge_fields(method, rest)
     if status == 200 and target[:1] == b"/":
         return 200, target[1:], close
-    return judge_target(method, target, status, text, close)
+    path = path_of(method, target)
+    if path is None and status != 505:  # other versions have other targets
+        return MALFORMED_LINE
+    if status == 200:
+        return 200, path, close
+    return status, text, close
 
 
 def judge_length(head: bytes) -> Optional[Verdict]:
@@ -738,25 +761,21 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     line = head.partition(b"\r\n")[0]
     method = line.partition(b" ")[0]
     if len(line) > LINE_BYTES and len(method) > METHOD_BYTES:
-        return refuse(501, "unknown method")
+        return refusal(501, "unknown method (RFC 9112 section 3)")
     if len(line) > LINE_BYTES:
-        return refuse(414, f"request line longer than {LINE_BYTES} bytes")
+        return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
-        return refuse(431, f"request head longer than {HEAD_BYTES} bytes")
+        return refusal(431, f"request head longer than {HEAD_BYTES} bytes")
     return None
 
 
-@functools.lru_cache(maxsize=VERDICTS)
 def judge_fields(method: bytes, rest: bytes) -> Verdict:
-    """Judge all of a head but its target: the method, and what follows the target.
-
-    The section numbers are those of RFC 9112.
-    """
+    """Judge all of a head but its target: the method, and what follows the target."""
     version, *lines = rest.split(b"\r\n")
     if not TOKEN_RE.fullmatch(method) or not VERSION_RE.fullmatch(version):
         return MALFORMED_LINE
     if not version.startswith(b"HTTP/1."):
-        return refuse(505, "unsupported HTTP version: use 1.1 (RFC 9112 section 2.3)")
+        return OTHER_VERSION
 
     fields = collections.defaultdict(list)  # the values of each name
     for line in lines:
@@ -764,37 +783,37 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
             return BARE_LINE_END
         field = FIELD_RE.fullmatch(line)
         if not field:
-            return refuse(400, "malformed header field (RFC 9112 section 5)")
+            return refusal(400, "malformed header field (RFC 9112 section 5)")
         fields[field[1].lower()].append(field[2].strip(b"\t "))
 
     hosts = fields[b"host"]
     if not hosts and version != b"HTTP/1.0":
-        return refuse(400, "missing Host header (RFC 9112 section 3.2)")
+        return refusal(400, "missing Host header (RFC 9112 section 3.2)")
     if len(hosts) > 1:
-        return refuse(400, "more than one Host header (RFC 9112 section 3.2)")
+        return refusal(400, "more than one Host header (RFC 9112 section 3.2)")
     if hosts and not HOST_RE.fullmatch(hosts[0]):
-        return refuse(400, "malformed Host header (RFC 9112 section 3.2)")
+        return refusal(400, "malformed Host header (RFC 9112 section 3.2)")
 
-    # A body is never read: it ends the connection. One of unknown length is refused, too.
+    # A body is never read: the connection is closed after the answer.
     lengths = fields[b"content-length"]
     codings = fields[b"transfer-encoding"]
-    has_body = bool(codings) or lengths not in ([], [b"0"])
+    has_body = bool(codings) or bool(lengths) and lengths != [b"0"]
     if has_body and method in (b"GET", b"HEAD"):
-        return refuse(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
+        return refusal(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
     if lengths and codings:
-        return refuse(
+        return refusal(
             400, "both Content-Length and Transfer-Encoding (RFC 9112 section 6.2)")
     if len(lengths) > 1 or lengths and not lengths[0].isdigit():
-        return refuse(400, "malformed Content-Length (RFC 9112 section 6.2)")
-    if codings and not are_chunked(list_elements(codings)):
-        return refuse(400, "malformed Transfer-Encoding (RFC 9112 section 6.1)")
+        return refusal(400, "malformed Content-Length (RFC 9112 section 6.2)")
+    if codings and not are_valid_codings(list_elements(codings)):
+        return refusal(400, "malformed Transfer-Encoding (RFC 9112 section 6.1)")
 
     expectations = list_elements(fields[b"expect"])
     if fields[b"expect"] and set(expectations) != {b"100-continue"}:
-        return refuse(417, "unsupported Expect header (RFC 9110 section 10.1.1)")
+        return refusal(417, "unsupported Expect header (RFC 9110 section 10.1.1)")
 
-    options = list_elements(fields[b"connection"])
-    close = has_body or version == b"HTTP/1.0" or b"close" in options  # section 9.3
+    options = list_elements(fields[b"connection"])  # RFC 9112 section 9.3
+    close = has_body or version == b"HTTP/1.0" or b"close" in options
     if method == b"OPTIONS":
         return 204, b"", close
     if method in OTHER_METHODS:
@@ -804,62 +823,59 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     return 200, b"", close
 
 
+remembered_verdict = functools.lru_cache(maxsize=VERDICTS)(judge_fields)
+
+
 def list_elements(values: List[bytes]) -> List[bytes]:
-    """Return the elements of comma-separated lists in lower case (RFC 9110 section
-    5.6.1).
-    """
+    """Return the elements of comma-separated lists in lower case (RFC 9110 5.6.1)."""
     elements = b",".join(values).lower().split(b",")
     stripped = [element.strip(b"\t ") for element in elements]
     return [element for element in stripped if element]
 
 
-def are_chunked(codings: List[bytes]) -> bool:
-    """Return whether transfer codings are tokens, of which the last and only one is
-    chunked.
-    """
+def are_valid_codings(codings: List[bytes]) -> bool:
+    """Return whether transfer codings are tokens, and chunked is the last one, once."""
     if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
         return False
     return all(TOKEN_RE.fullmatch(coding) for coding in codings)
 
 
-def judge_target(
-        method: bytes, target: bytes, status: int, text: bytes, close: bool) -> Verdict:
-    """Judge a target that is not simply a path, given the verdict on the rest of a head.
+def path_of(method: bytes, target: bytes) -> Optional[bytes]:
+    """Return the path in a target, without its first slash; None if that is malformed.
 
     RFC 9112 section 3.2 defines the four forms of a target.
     """
     if not TARGET_RE.fullmatch(target):
-        return MALFORMED_LINE
-    if status in (400, 417, 505):  # the rest is not a proper request
-        return status, text, close
+        return None
+    if target.startswith(b"/"):
+        return target[1:]
     absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
-    if absolute and status == 200:
-        return 200, absolute[1] or b"", close
-    if absolute or target.startswith(b"/"):
-        return status, text, close
+    if absolute:
+        return absolute[1] or b""
     if method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"):
-        return status, text, close
-    return MALFORMED_LINE
+        return b""  # these two forms have no path
+    return None
 
 
 def judge_path(path: bytes) -> Verdict:
     """Judge a path that is not, as it is, a key in the data.
 
-    With status 200, the text is the key that it stands for, or b"" for the status page.
+    With status 200, the text is the key that it stands for, the keys with commas between
+    them, or b"" for the status page.
     """
     if path and not TARGET_RE.fullmatch(path):
         return MALFORMED_LINE
-    key = path.partition(b"?")[0].lower()
-    key = key.replace(b"%2d", b"-")  # RFC 3986 section 6.2.2, as far as keys go
-    if key and not KEY_RE.fullmatch(key):
+    text = path.partition(b"?")[0].lower()
+    text = text.replace(b"%2d", b"-")  # the hyphen, RFC 3986 section 6.2.2.2
+    if text and not all(KEY_RE.fullmatch(key) for key in text.split(b",")):
         return 400, b"not a version 4 UUID", False
-    return 200, key, False
+    return 200, text, False
 
 
 def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     """Return a refusal if a head that begins like this cannot become valid, else None.
 
-    So bad requests are refused without waiting for their end.
+    Thus bad requests are refused without waiting for their end.
     """
     if beginning.startswith(b"\r\n"):  # one empty line may precede (RFC 9112 section 2.2)
         beginning = beginning[2:]
@@ -867,13 +883,14 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     if too_long:
         return too_long
     line, line_end, _ = beginning.partition(b"\r\n")
+    if not line_end and LINE_BEGINNING_RE.fullmatch(line):
+        return None
     if not line_end:
-        return None if LINE_BEGINNING_RE.fullmatch(line) else MALFORMED_LINE
-    verdict = judge(line + b"\r\nHost: kv")  # as if the rest of the head was valid
+        return MALFORMED_LINE
+    verdict = judge(line + b"\r\nHost: kv")  # as if the rest of the head were valid
     if verdict[0] == 200:
         verdict = judge_path(verdict[1])
-    status, _, close = verdict
-    if status in (400, 505) and close:
+    if verdict in (MALFORMED_LINE, OTHER_VERSION):
         return verdict
     text = beginning.replace(b"\r\n", b"")
     if b"\n" in text or b"\r" in text[:-1]:  # a CR at the end may be half of a CRLF
@@ -885,7 +902,7 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
 # Answers
 
 KEY_NOT_FOUND = b"key not found\n"
-INTERNAL_ERROR = b"internal error, see the server's log\n"
+INTERNAL_ERROR = b"internal error; see the server's log\n"
 
 
 @functools.lru_cache(maxsize=100)
@@ -911,6 +928,30 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
     return "\r\n".join(lines + ["", ""]).encode()
 
 
+class Lines:
+    """The answer to a request for several keys: the lines of a data file.
+
+    Like StoredValue, it is put together only while it is sent.
+    """
+
+    def __init__(self, pairs: "Dict[bytes, Body]") -> None:
+        self.pairs = pairs
+        self.size = sum(KEY_BYTES + len(value) + 2 for value in pairs.values())
+
+    def __len__(self) -> int:
+        return self.size
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the lines in pieces. Raises FileChanged."""
+        for key, value in self.pairs.items():
+            yield key + b" "
+            if isinstance(value, StoredValue):
+                yield from value.pieces()
+            else:
+                yield value
+            yield b"\n"
+
+
 # ---------------------------------------------------------------------------
 # Threads
 
@@ -928,11 +969,11 @@ class Connection:
         self.address = address
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
-        # What the client has not taken yet: bytes, memoryview and StoredValue objects.
+        # What the client has not taken yet: bytes, memoryview, StoredValue, Lines.
         self.unsent: list = []
-        # Whether to close the connection when all is sent, and whether to linger before
-        # that, because the client may still be sending.
+        # Whether to close the connection when all is sent.
         self.close = False
+        # Whether to linger before that, because the client may still be sending.
         self.linger = False
         # The time.monotonic() at which the server began to wait for the client: for a
         # request, for the rest of one, or for the client to take an answer.
@@ -942,15 +983,17 @@ class Connection:
 class Handler(socketserver.BaseRequestHandler):
     """Serves a client that would make the others wait: plain blocking code, in a thread.
 
-    What socketserver calls a request is here a Connection. The loop has handed it over;
-    Server.shutdown_request closes it or gives it back to the loop.
+    What socketserver calls a request is a Connection here. For each one that is handed
+    over, ThreadingMixIn.process_request_thread makes a Handler, which calls `handle`. If
+    that raises an exception, it calls Server.handle_error; in the end, it always calls
+    Server.shutdown_request, which closes the connection or gives it back to the loop.
     """
 
     def handle(self) -> None:
-        """Send what is unsent, answer the requests that follow, and linger if necessary.
-        """
+        """Send what is unsent, and answer the requests that follow."""
         connection = self.request
         self.send_unsent()
+        # A turn of this loop answers as many requests as SENT_BYTES allows.
         while not connection.close and b"\r\n\r\n" in connection.received:
             self.server.answer_requests(connection, self.get)
             self.send_unsent()
@@ -961,24 +1004,23 @@ class Handler(socketserver.BaseRequestHandler):
             self.linger()
 
     def get(self, key: bytes) -> Optional[Body]:
-        """Look a key up in the pairs as dict.get does, waiting for the disk if necessary.
-        """
+        """Look up a key like dict.get, waiting for the disk if necessary."""
         pairs = self.server.data.pairs
         if isinstance(pairs, Sorted):
             return pairs.get(key, wait=True)
         value = pairs.get(key)
         if value is None and pairs is not self.server.data.pairs:
-            return self.get(key)  # after a reload, the old dict is emptied
+            # A reload has just replaced this dict, and empties it.
+            return self.get(key)
         return value
 
     def send_unsent(self) -> None:
-        """Send all that is unsent. Raises OSError if the client does not take it in time.
-        """
+        """Send what is unsent. Raises OSError if the client does not take it in time."""
         parts = self.request.unsent
         size = sum(len(part) for part in parts)
         deadline = time.monotonic() + ANSWER_SECONDS + size / ANSWER_BYTES_A_SECOND
         for part in parts:
-            if isinstance(part, StoredValue):
+            if isinstance(part, (StoredValue, Lines)):
                 for piece in part.pieces():
                     self.send(piece, deadline)
             else:
@@ -1000,22 +1042,21 @@ class Handler(socketserver.BaseRequestHandler):
         connection.waiting_since = NEVER
 
     def linger(self) -> None:
-        """Say that no more will be sent, and discard for a moment what the client still
-        sends.
+        """Say that no more will be sent, and briefly discard what the client still sends.
 
-        If the connection was closed at once, the system would answer that with a reset,
-        and a reset can make the client lose the answer.
+        If the connection was closed at once, the system would answer what comes after
+        that with a reset, and a reset can make the client lose the answer.
         """
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        deadline = now + LINGER_SECONDS
         if connection.waiting_since == NEVER:
             connection.waiting_since = now
-        more = True
-        while more and now < deadline:
-            connection.socket.settimeout(deadline - now)
-            more = connection.socket.recv(RECEIVE_BYTES)
+        deadline = now + LINGER_SECONDS
+        while now < deadline:
+            connection.socket.settimeout(deadline - now)  # raises socket.timeout then
+            if not connection.socket.recv(RECEIVE_BYTES):
+                return
             now = time.monotonic()
 
 
@@ -1027,13 +1068,12 @@ CAN_GATHER = hasattr(socket.socket, "sendmsg")  # Windows lacks it
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The loop: does all that does not have to wait, for all clients.
+    """The loop: does everything that cannot block, for all clients.
 
-    What has to wait for one client or for the disk is handed over to a thread: an answer
-    that is large or that the client does not take immediately, lingering, and a lookup in
-    pages that are not in memory. Of ThreadingHTTPServer this uses the socket
-    (server_bind, server_activate, get_request) and what runs a Handler in a thread
-    (process_request_thread, finish_request); serve_forever is its own.
+    What can block, on a client or on the disk, is handed over to a thread: an answer that
+    is large or that the client does not take immediately, lingering, and a lookup in
+    pages that are not in memory. This inherits from ThreadingHTTPServer what makes the
+    socket and what runs a Handler in a thread; serve_forever is its own.
 
     Connections that wait for their clients are in one of two dicts, in the order in which
     they began to wait: in `idle` for their next request, in `beginnings` for the rest of
@@ -1044,12 +1084,17 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # on Windows, two servers could share a port
     allow_reuse_port = False                  # for the same reason, in newer Pythons
 
-    def __init__(self, options: argparse.Namespace, data: Data, log: Log) -> None:
-        """Take the port, but do not listen yet. Raises OSError and UnicodeError."""
+    def __init__(self, options: argparse.Namespace, data: Data, log: Log,
+                 listener: Optional[socket.socket] = None) -> None:
+        """Take the port, but do not listen yet. Raises OSError and UnicodeError.
+
+        `listener` is a listening socket to use instead of a new one.
+        """
         self.data = data
         self.log = log
         self.is_verbose = options.verbose
-        # Each connection is in one of these three, but for the one that is just handled.
+        self.shares_port = options.reuse_port
+        # Each connection is in one of these three, except one that was just accepted.
         self.idle: "collections.OrderedDict[Connection, None]" = collections.OrderedDict()
         self.beginnings: Dict[Connection, None] = {}
         self.handed_over: Set[Connection] = set()
@@ -1061,6 +1106,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.next_tick = self.now
         self.date = ""                       # as in a Date field
         self.found_head = b""                # head of the answer to most requests
+        self.answer_count = 0
         self.was_busy = False                # whether the last round had requests
         self.is_patient = processor_count() > 1
         self.reload: Optional[Iterator[None]] = None   # one that is under way
@@ -1071,43 +1117,56 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_stopping = False
         self.stop_deadline = NEVER           # a time.monotonic()
 
-        found = socket.getaddrinfo(
-            options.host.strip("[]"), options.port, type=socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE)
-        self.address_family, _, _, _, address = found[0]
+        if listener:
+            self.address_family = listener.family
+            address = listener.getsockname()
+        else:
+            found = socket.getaddrinfo(
+                options.host.strip("[]"), options.port, type=socket.SOCK_STREAM,
+                flags=socket.AI_PASSIVE)
+            self.address_family, _, _, _, address = found[0]
         super().__init__(address, Handler, bind_and_activate=False)
-        self.server_bind()
+        if listener:
+            self.socket.close()
+            self.socket = listener
+        if isinstance(address, tuple):  # the address of a Unix socket is a path
+            self.set_tcp_options()
+        if not listener:
+            self.server_bind()
 
-    def server_bind(self) -> None:
-        """Bind as TCPServer does. HTTPServer would look up a name, which can take long.
-        """
-        if self.server_address[0] == "::":  # for IPv4 as well
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Connections inherit these. No answer waits until the last one is acknowledged.
+    def set_tcp_options(self) -> None:
+        """Set options of the listening socket, which connections inherit."""
+        # No answer waits until the client has acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Nor does a lot wait in the system, which would hide that a client takes it
-        # slowly.
+        # The system takes little more than the client does, so that slow clients are
+        # noticed.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SENT_BYTES)
+
+    def server_bind(self) -> None:
+        """Bind like TCPServer: HTTPServer would look up a name, which can take long."""
+        if self.server_address[0] == "::":  # for IPv4 as well
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if self.shares_port:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         socketserver.TCPServer.server_bind(self)
 
     # The loop
 
     def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
-        """Answer requests until a signal asks for a stop and all connections have ended.
-        """
+        """Answer requests until a signal asks for a stop and no connection is left."""
         self.socket.setblocking(False)
         self.service_actions()
         while not self.is_stopped():
             try:
                 self.run_round(poll_interval)
-            except Exception as error:  # when memory runs out, this can be anywhere
+            except Exception as error:  # MemoryError, for instance, can come anywhere
                 self.evict_longest_waiting()
                 self.log(f"fault in the loop: {error!r}")
 
     def is_stopped(self) -> bool:
-        """Return whether all connections have ended after a stop, or run out of time."""
+        """Return whether, after a stop, no connection is left or the time is up."""
         if not self.is_stopping:
             return False
         return self.connection_count() == 0 or self.now >= self.stop_deadline
@@ -1124,14 +1183,14 @@ class Server(http.server.ThreadingHTTPServer):
             if connection is None:  # the listening socket
                 has_newcomer = True
                 continue
-            if connection.waiting_since == NEVER:  # it was not taken back yet
+            if connection in self.handed_over:  # its thread has just returned it
                 continue
             try:
                 self.receive(connection)
             except Exception:
                 self.handle_error(connection, connection.address)
                 self.close(connection)
-        if has_newcomer:  # last, as that may evict somebody who has just asked
+        if has_newcomer:  # last: this may evict a client that has an event in this round
             self.accept()
         self.was_busy = bool(events)
         if self.now >= self.next_tick:
@@ -1140,23 +1199,22 @@ class Server(http.server.ThreadingHTTPServer):
             self.step_reload()
 
     def wait(self, seconds: float) -> list:
-        """Return events of the selector; wait up to `seconds` if there are none.
-
-        Does not wait during a reload. Before it goes to sleep after a round with events,
-        it polls for a moment: many clients send their next request immediately, and to
-        wake a sleeping process takes longer than to answer it.
-        """
+        """Return events of the selector; wait up to `seconds` if there are none."""
         events = self.selector.select(0)
-        if events or self.reload:
+        if events:
             return events
+        if self.reload:  # there is something else to do
+            return []
         if self.was_busy and self.is_patient:
+            # Many clients send their next request immediately, and waking a process that
+            # sleeps takes longer than answering a request.
             patience_ends = time.perf_counter() + PATIENCE_SECONDS
             while not events and time.perf_counter() < patience_ends:
                 events = self.selector.select(0)
         return events or self.selector.select(seconds)
 
     def service_actions(self) -> None:
-        """Do what is due every TICK_SECONDS."""
+        """Do what is due every TICK_SECONDS, and at the start."""
         self.next_tick = self.now + TICK_SECONDS
         self.date = email.utils.formatdate(usegmt=True)
         self.found_head = answer_head(200, False, self.date)
@@ -1168,21 +1226,18 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in self.overdue(self.idle, idle_seconds):
             self.close(connection)
         for connection in self.overdue(self.beginnings, HEAD_SECONDS):
-            self.refuse(
-                connection, refuse(408, f"no complete request within {HEAD_SECONDS} s"))
-            self.send(connection)
+            verdict = refusal(408, f"no complete request within {HEAD_SECONDS} s")
+            self.refuse(connection, verdict)
+            self.send(connection)  # what the client does not take now is lost
             self.close(connection)
 
     def overdue(self, waiting: Iterable[Connection], seconds: float) -> List[Connection]:
-        """Return those at the front of `waiting` that have waited longer than `seconds`.
-        """
+        """Return those of `waiting`, the first ones, that have waited for `seconds`."""
         oldest = self.now - seconds
         return list(itertools.takewhile(lambda c: c.waiting_since < oldest, waiting))
 
     def step_reload(self) -> None:
-        """Take a step of a reload: in half of the time, or all of it if there are no
-        events.
-        """
+        """Take a step of a reload, using at most half the time if there are requests."""
         if self.was_busy and self.now < self.next_step:
             return
         start = time.monotonic()
@@ -1196,19 +1251,26 @@ class Server(http.server.ThreadingHTTPServer):
     # Connections
 
     def accept(self) -> None:
-        """Accept a connection, in place of the longest-waiting one if there is no room.
+        """Accept a connection. If there is no room, it replaces the longest-waiting one.
         """
-        is_full = self.connection_count() >= self.max_connections
-        if is_full and not self.evict_longest_waiting():
-            self.pause_accepting()
-            return
+        if self.connection_count() >= self.max_connections:
+            is_evicted = self.evict_longest_waiting()
+            if not is_evicted:
+                self.pause_accepting()
+                return
         try:
             client_socket, address = self.get_request()
         except OSError as error:
-            if error.errno in OUT_OF_RESOURCES and not self.evict_longest_waiting():
+            if error.errno not in OUT_OF_RESOURCES:
+                return  # this client has gone
+            is_evicted = self.evict_longest_waiting()
+            if not is_evicted:
                 self.pause_accepting()
-            return  # else the client has gone, or the next round will accept it
-        connection = Connection(client_socket, address[0])
+            return  # the next round tries again
+        name = "unix:"  # a client of a Unix socket has no address
+        if isinstance(address, tuple):
+            name = address[0]
+        connection = Connection(client_socket, name)
         try:
             client_socket.setblocking(False)
             self.selector.register(client_socket, selectors.EVENT_READ, connection)
@@ -1240,7 +1302,7 @@ class Server(http.server.ThreadingHTTPServer):
         if longest not in self.handed_over:
             self.close(longest)
             return True
-        longest.waiting_since = NEVER
+        longest.waiting_since = NEVER  # so that the next one is another
         try:
             longest.socket.shutdown(socket.SHUT_RDWR)  # its thread notices, and closes it
         except OSError:
@@ -1266,7 +1328,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # hand_over did that, and then ran out of memory
+            pass  # it was unregistered before a fault in hand_over
 
     def close(self, connection: Connection) -> None:
         """Close a connection that the loop looks after."""
@@ -1291,37 +1353,36 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.answer_requests(connection, self.data.pairs.get)
         except BlockingIOError:
-            self.hand_over(connection, NEVER)  # it waits for the disk, not for its client
+            # A thread waits for the disk, after it has sent the answers that there are.
+            self.hand_over(connection, NEVER)
             return
         if connection.received and not connection.close:
-            # Heads that trickle in are looked at again only where that can change a
-            # thing.
+            # Only a line end or excessive length can make a longer beginning invalid.
             has_line_end = b"\r" in news or b"\n" in news
             is_long = len(connection.received) > LINE_BYTES
             if has_line_end or is_long or not beginning:
                 self.refuse_beginning(connection)
-        if not connection.unsent:  # the head is not complete yet
+        if not connection.unsent:  # no head is complete yet
             if connection not in self.beginnings:
                 self.keep(connection)
-        elif not self.send(connection):
-            self.hand_over(connection, self.now)
-        elif connection.close and connection.linger:
+            return
+        is_sent = self.send(connection)
+        if not is_sent or connection.linger:
             self.hand_over(connection, self.now)
         elif connection.close:
             self.close(connection)
         elif beginning or connection.received:
             self.keep(connection)
-        else:  # what `keep` would do, but quicker
+        else:  # it is idle and was so before: this does what `keep` does, but faster
             connection.waiting_since = self.now
             self.idle.move_to_end(connection)
 
     def answer_requests(self, connection: Connection, get: Callable) -> None:
         """Answer all complete requests in what a connection has received.
 
-        `get` looks a key up as dict.get does. If it raises BlockingIOError, or the
-        answers are more than a thread should send at a time, the other requests remain in
-        `received`, as does the beginning of a head. Threads call this, too: it changes
-        nothing but the connection.
+        `get` looks up a key like dict.get. If it raises BlockingIOError, or the answers
+        exceed SENT_BYTES, the other requests remain in `received`, as does the beginning
+        of a head. Threads call this, too.
         """
         heads = connection.received.split(b"\r\n\r\n")
         connection.received = heads.pop()
@@ -1330,20 +1391,20 @@ class Server(http.server.ThreadingHTTPServer):
             if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
                 head = head[2:]
             try:
-                status, body = self.answer(connection, head, get)
+                status, body, close = self.answer(head, get)
             except BlockingIOError:
                 self.put_back(connection, heads[number - 1:])
-                connection.close = False
                 raise
             except Exception as error:
                 self.report_fault(error, connection.address)
                 status = 500
                 body = INTERNAL_ERROR
-            if self.is_stopping and number == len(heads):
-                connection.close = True
+                close = False
+            is_last = number == len(heads)
+            connection.close = close or (self.is_stopping and is_last)
             size += self.add_answer(connection, head, status, body)
             if connection.close:
-                if connection.received or number < len(heads):
+                if connection.received or not is_last:
                     connection.linger = True
                 return
             if size > SENT_BYTES:
@@ -1354,26 +1415,52 @@ class Server(http.server.ThreadingHTTPServer):
         """Put the heads of requests that are not answered yet back into `received`."""
         connection.received = b"\r\n\r\n".join(heads + [connection.received])
 
-    def answer(
-            self, connection: Connection, head: bytes, get: Callable) -> Tuple[int, Body]:
-        """Return the status and the body of the answer to a request, given its head."""
-        status, text, connection.close = judge(head)
-        if status == 200:
-            path = text
-            value = get(path)
-            if value is not None:
-                return 200, value
-            status, text, close = judge_path(path)
-            connection.close = connection.close or close
+    def answer(self, head: bytes, get: Callable) -> Tuple[int, Body, bool]:
+        """Return status and body of the answer to a request, and whether it is the last.
+        """
+        status, text, close = judge(head)
         if status != 200:
-            return status, text + b"\n"
+            return status, text + b"\n", close
+        value = get(text)
+        if value is not None:
+            return 200, value, close
+        # The path is not, as it is, a key in the data.
+        path = text
+        status, text, is_malformed = judge_path(path)
+        if status != 200:
+            return status, text + b"\n", close or is_malformed
         if not text:
-            return 200, self.data.status_page()
+            return 200, self.status_page(), close
+        if b"," in text:
+            return 200, self.lines(text.split(b","), get), close
         if text != path:
             value = get(text)
         if value is None:
-            return 404, KEY_NOT_FOUND
-        return 200, value
+            return 404, KEY_NOT_FOUND, close
+        return 200, value, close
+
+    def lines(self, keys: List[bytes], get: Callable) -> Body:
+        """Return the lines of those keys that are in the data, in the same order."""
+        pairs = {}
+        for key in keys:
+            value = get(key)
+            if value is not None:
+                pairs[key] = value
+        lines = Lines(pairs)
+        if len(lines) > SENT_BYTES:
+            return lines
+        return b"".join(lines.pieces())
+
+    def status_page(self) -> bytes:
+        """Return what GET / shows. Raises FileChanged if lookups would raise it."""
+        data = self.data
+        if isinstance(data.pairs, Sorted):
+            data.pairs.check()
+        return (
+            f"{data.summary} of {os.path.basename(data.name)}, since {data.since}\n"
+            f"{self.answer_count} requests answered, "
+            f"{self.connection_count()} connections open\n"
+            "get a value with GET /KEY, where KEY is a version 4 UUID\n").encode()
 
     def refuse_beginning(self, connection: Connection) -> None:
         """Refuse the beginning of a head if it cannot become valid."""
@@ -1384,15 +1471,17 @@ class Server(http.server.ThreadingHTTPServer):
             self.refuse(connection, verdict)
 
     def refuse(self, connection: Connection, verdict: Verdict) -> None:
-        """Answer the beginning of a head by a refusal."""
+        """Answer the beginning of a head with a refusal."""
         status, text, connection.close = verdict
         self.add_answer(connection, connection.received, status, text + b"\n")
 
     def add_answer(
             self, connection: Connection, head: bytes, status: int, body: Body) -> int:
-        """Put an answer together, and return its size in bytes. `head` is the head of its
-        request, or the beginning of it.
+        """Put an answer together, and return its size in bytes.
+
+        `head` is the head of its request, or the beginning of it.
         """
+        self.answer_count += 1  # a count is lost if two threads do this at the same time
         if status == 200 and not connection.close:
             answer = self.found_head % len(body)
         elif status == 204:
@@ -1403,12 +1492,11 @@ class Server(http.server.ThreadingHTTPServer):
         if head.startswith(b"HEAD "):
             body = b""
         if connection.close:
-            # Refused clients may still be sending, and a long answer can be lost by a
-            # reset.
+            # A refused client may still be sending, and a long answer takes some time.
             connection.linger = status not in (200, 404) or len(body) > PIECE_BYTES
         if self.is_verbose:
             self.log_request(connection.address, head, status, len(body))
-        if len(body) <= COPIED_BYTES:  # a StoredValue is always longer
+        if len(body) <= COPIED_BYTES:  # StoredValue and Lines are always longer
             connection.unsent.append(answer + body)
         else:
             connection.unsent += [answer, body]
@@ -1416,16 +1504,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
-        line = repr(head.partition(b"\r\n")[0])[2:-1]  # as in b'...', escaped
-        line = line.replace('"', '\\"')
+        line = repr(head.partition(b"\r\n")[0])[2:-1]  # escaped; without b' and '
+        line = line.replace('"', '\\"')[:LOG_LINE_BYTES // 2]  # the rest must fit, too
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
 
     def send(self, connection: Connection) -> bool:
-        """Send what is unsent, and return whether the client took all of it immediately.
+        """Send what is unsent, and return whether nothing is left.
 
-        What is long is left to a thread. So there is no StoredValue here: the loop's
-        lookups leave long values to a thread as well.
+        More than SENT_BYTES are left to a thread. So there is no StoredValue here, which
+        only threads make, and no Lines.
         """
         unsent = connection.unsent
         try:
@@ -1437,7 +1525,7 @@ class Server(http.server.ThreadingHTTPServer):
                 return False
         except BlockingIOError:
             return False
-        except OSError:  # the client has gone
+        except OSError:  # the client has gone, so nothing is left to do
             unsent.clear()
             connection.close = True
             connection.linger = False
@@ -1453,7 +1541,10 @@ class Server(http.server.ThreadingHTTPServer):
     # Threads
 
     def hand_over(self, connection: Connection, waiting_since: float) -> None:
-        """Let a Handler go on with a connection, in a thread of its own."""
+        """Leave a connection to a Handler, in a thread of its own.
+
+        `waiting_since` tells whether, and since when, that waits for the client.
+        """
         self.forget(connection)
         connection.waiting_since = waiting_since
         self.handed_over.add(connection)
@@ -1462,8 +1553,8 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Connection, client_address: str) -> None:
         """Start a thread, or close the connection if the system cannot start one.
 
-        ThreadingMixIn calls threading.Thread.start here. That waits until the thread
-        runs: forever, if the thread dies for lack of memory before that.
+        Not by threading.Thread.start, as ThreadingMixIn does it: that waits until the
+        thread runs, which is forever if the thread lacks the memory for that.
         """
         try:
             _thread.start_new_thread(
@@ -1474,11 +1565,12 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Close a connection because of an exception: called where that is handled."""
+        """Have a connection closed because of the exception that is being handled."""
         request.close = True
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # that a client has gone is not a fault
-            self.report_fault(error, client_address)
+        if isinstance(error, OSError) and error.errno != errno.EIO:
+            return  # the client has gone, which is not a fault
+        self.report_fault(error, client_address)
 
     def report_fault(self, error: Exception, client_address: str) -> None:
         """Log an exception in one line, but FileChanged only once."""
@@ -1488,14 +1580,14 @@ class Server(http.server.ThreadingHTTPServer):
             self.log(f"fault in answering {client_address}: {error!r}")
 
     def shutdown_request(self, request: Connection) -> None:
-        """Close a connection or give it back to the loop: called by a thread at its end.
-        """
+        """Close a connection or give it back to the loop: the last act of a thread."""
         request.waiting_since = NEVER
         if not request.close:
             try:
                 request.socket.setblocking(False)
-                # epoll and kqueue take this while the loop waits for them. Until the loop
-                # has taken the connection back, it ignores its events.
+                # With epoll and kqueue a thread may do this while the loop waits: it ends
+                # the wait if the client has sent something. The loop does nothing about
+                # that until it has found the connection in `returned`.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.close = True
@@ -1513,15 +1605,21 @@ class Server(http.server.ThreadingHTTPServer):
 
     # Signals
 
+    # Their handlers only set a flag, which the next tick acts on.
+
     def note_hangups(self) -> None:
-        """From now on note SIGHUP, to act on it at a tick."""
+        """Note SIGHUP from now on.
+
+        It asks for a reload, unless it comes because the terminal was closed. Then the
+        server ends with its terminal, as programs do that nohup has not started.
+        """
         if hasattr(signal, "SIGHUP"):  # Windows lacks it
             is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             self.ends_with_terminal = has_terminal() and not is_nohup
             signal.signal(signal.SIGHUP, self.note_hangup)
 
     def note_stops(self) -> None:
-        """From now on note SIGTERM and Ctrl-C, to act on them at a tick."""
+        """Note SIGTERM and Ctrl-C from now on."""
         signal.signal(signal.SIGTERM, self.note_stop)
         signal.signal(signal.SIGINT, self.note_stop)
 
@@ -1530,7 +1628,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def note_stop(self, *_) -> None:
         self.is_stop_noted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends it
+        # A second Ctrl-C ends the server at once.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def act_on_signals(self) -> None:
         """Start a reload or a stop that a signal asks for."""
@@ -1543,10 +1642,12 @@ class Server(http.server.ThreadingHTTPServer):
             self.begin_stop()
 
     def begin_stop(self) -> None:
-        """Stop listening. From now on, connections are closed after their next answers.
-        """
+        """Stop listening. From now on, connections are closed after their next answer."""
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
+        for _ in range(ACCEPT_QUEUE):  # those who wait to be accepted are answered, too
+            if self.is_accepting:
+                self.accept()
         if self.is_accepting:
             self.pause_accepting()
         self.socket.close()
@@ -1557,7 +1658,7 @@ def has_terminal() -> bool:
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError as error:
-        return error.errno in OUT_OF_RESOURCES  # then one cannot know
+        return error.errno in OUT_OF_RESOURCES  # then it cannot be known
     return True
 
 
@@ -1598,8 +1699,10 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
     start = time.monotonic()
     options.max_connections = allowed_connections(options.max_connections, log)
     data = Data(options, log)
+    listener = handed_down_socket()
+    # The port is taken before the data is loaded: if that fails, it should fail at once.
     try:
-        server = Server(options, data, log)
+        server = Server(options, data, log, listener)
     except (OSError, UnicodeError) as error:
         raise CannotServe(listen_failure(error, options))
     server.note_hangups()
@@ -1612,31 +1715,44 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
         server.server_activate()
     except OSError as error:
         raise CannotServe(listen_failure(error, options))
-    port = server.socket.getsockname()[1]
-    log(f"{data.description(start)}, on http://{host_and_port(options.host, port)}")
+    address = server.socket.getsockname()
+    place = f"unix:{address}"
+    if isinstance(address, tuple) and listener:
+        place = f"http://{host_and_port(*address[:2])}"
+    elif isinstance(address, tuple):  # with the host as it was given
+        place = f"http://{host_and_port(options.host, address[1])}"
+    log(f"{data.description(start)}, on {escape(place)}")
     return server
 
 
-def allowed_connections(wanted: Optional[int], log: Log) -> int:
-    """Raise the limit of open files to what `wanted` connections need; return how many to
-    hold.
+def handed_down_socket() -> Optional[socket.socket]:
+    """Return the listening socket that systemd hands down, or None: sd_listen_fds(3).
 
-    None wants what the limit allows, up to MAX_CONNECTIONS.
+    Raises CannotServe if it is not a single stream socket that listens.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    count = os.environ.get("LISTEN_FDS", "")
+    if count != "1":
+        raise CannotServe(f"LISTEN_FDS is {escape(count)!r}, but must be 1: one socket")
+    try:
+        os.set_inheritable(3, False)
+        listener = socket.socket(fileno=3)
+        is_listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise CannotServe(f"descriptor 3 from systemd: {error.strerror}")
+    if not is_listening:
+        raise CannotServe("descriptor 3 from systemd: not a stream socket that listens")
+    return listener
+
+
+def allowed_connections(wanted: Optional[int], log: Log) -> int:
+    """Return how many connections to hold, after raising the limit of open files.
+
+    With None, as many as the limit allows, up to MAX_CONNECTIONS.
     """
     needed = (wanted or MAX_CONNECTIONS) + SPARE_DESCRIPTORS
-    limit = needed
-    try:
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY and soft < needed:
-            limit = soft
-            raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-            limit = raised
-    except ImportError:  # on Windows, which has no such limit
-        pass
-    except (OSError, ValueError) as error:
-        log(f"cannot raise the limit of open files: {error}")
+    limit = allowed_files(needed, log)
     if wanted is None:
         return max(1, limit - SPARE_DESCRIPTORS)
     if limit < needed:
@@ -1645,8 +1761,28 @@ def allowed_connections(wanted: Optional[int], log: Log) -> int:
     return wanted
 
 
+def allowed_files(needed: int, log: Log) -> int:
+    """Raise the limit of open files to `needed` if possible. Returns up to `needed`."""
+    try:
+        import resource
+    except ImportError:  # on Windows, which has no such limit
+        return needed
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return needed
+    target = needed
+    if hard != resource.RLIM_INFINITY:
+        target = min(needed, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    except (OSError, ValueError) as error:
+        log(f"cannot raise the limit of open files: {error}")
+        return soft
+    return target
+
+
 def load_with_progress(data: Data) -> None:
-    """Load the data file without a pause, and show on a terminal how far it has come.
+    """Load the data file in one go, and show on a terminal how far it has come.
 
     Raises OSError, ValueError and MemoryError.
     """
@@ -1692,28 +1828,79 @@ def host_and_port(host: str, port: int) -> str:
 
 LOOPBACK_RE = re.compile(r"localhost|127\.[0-9.]+|::1")
 
+Key = Union[str, uuid.UUID]
+
 
 class NoAnswer(OSError):
     """A server does not answer, or not as kv does; the text says how."""
+
+
+class NotTogether(NoAnswer):
+    """A server does not answer for several keys at once, but may for each of them."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Treats a redirect as an error: kv never sends one."""
 
     def redirect_request(self, *_) -> None:
-        """Return None: do not follow."""
+        """Return None, which makes urllib raise HTTPError."""
 
 
-def get(key: Union[str, uuid.UUID], url: str = DEFAULT_URL,
-        timeout: float = DEFAULT_TIMEOUT) -> bytes:
+def get(key: Key, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT) -> bytes:
     """Return the value of a key from the server at `url`.
 
-    The key is anything that uuid.UUID accepts. The timeout, in seconds, is for each time
-    that the server is silent. Raises ValueError for a key that is not a version 4 UUID,
-    and for a URL or a timeout that cannot be used; KeyError if the server does not have
-    the key; and OSError if it does not answer, or not as kv does.
+    The key is anything that uuid.UUID accepts. The timeout, in seconds, limits each wait
+    for the server, not the whole. Raises ValueError for a key that is not a version 4
+    UUID, and for a URL or a timeout that cannot be used; KeyError if the server does not
+    have the key; and OSError if it does not answer, or not as kv does.
     """
-    path = str(version_4_uuid(key))
+    return ask([version_4_uuid(key)], url, timeout)
+
+
+def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
+             timeout: float = DEFAULT_TIMEOUT) -> Dict[Key, bytes]:
+    """Return {key as given: value} of those of any number of keys that the server has.
+
+    Raises what `get` raises, except KeyError.
+    """
+    names = {key: version_4_uuid(key) for key in keys}
+    asked = list(dict.fromkeys(names.values()))  # each of them once
+    values: Dict[str, bytes] = {}
+    for start in range(0, len(asked), KEYS_TOGETHER):
+        together = asked[start:start + KEYS_TOGETHER]
+        try:
+            values.update(get_together(together, url, timeout))
+        except NotTogether:
+            for name in together:
+                values.update(get_together([name], url, timeout))
+    return {key: values[name] for key, name in names.items() if name in values}
+
+
+def get_together(names: List[str], url: str, timeout: float) -> Dict[str, bytes]:
+    """Return {name: value} of those keys that the server has, with one request.
+
+    Raises NotTogether if several keys should be asked for one by one.
+    """
+    if len(names) == 1:
+        try:
+            return {names[0]: ask(names, url, timeout)}
+        except KeyError:
+            return {}
+    values = {}
+    *lines, rest = ask(names, url, timeout).split(b"\n")
+    for line in lines:
+        key, _, value = line.partition(b" ")
+        values[key.decode("latin-1")] = value
+    if rest or not values.keys() <= set(names):
+        raise NotTogether(f"{url} answered with lines that were not asked for")
+    return values
+
+
+def ask(names: List[str], url: str, timeout: float) -> bytes:
+    """Return the body of the answer to a request for one key, or for several together.
+
+    Raises what `get` and `get_together` raise.
+    """
     check_url(url)
     check_timeout(timeout)
     proxies = {}
@@ -1723,15 +1910,21 @@ def get(key: Union[str, uuid.UUID], url: str = DEFAULT_URL,
         proxies[urllib.parse.urlsplit(url).scheme] = proxy
         place = f"{url} through the proxy {proxy.rpartition('@')[2]}"  # no password
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), NoRedirect)
+    is_alone = len(names) == 1
+    whole_url = f"{url.rstrip('/')}/{','.join(names)}"
     try:
-        with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
-            return read_value(answer)
+        with opener.open(whole_url, timeout=timeout) as answer:
+            return read_body(answer, is_alone)
+    except NotTogether:
+        raise
     except urllib.error.HTTPError as error:
         body = read_error(error)
-        if error.code == 404 and body == KEY_NOT_FOUND:
-            raise KeyError(path) from None
+        if is_alone and error.code == 404 and body == KEY_NOT_FOUND:
+            raise KeyError(names[0]) from None
         line = body.decode("utf-8", "replace").partition("\n")[0]
         said = shorten(f"{error.code} {error.reason}: {line}")
+        if not is_alone and error.code in (400, 414):  # as from a kv before version 2
+            raise NotTogether(f"{place} answered {said}") from None
         raise NoAnswer(f"{place} answered {said}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = ask_failure(error, timeout)
@@ -1741,15 +1934,15 @@ def get(key: Union[str, uuid.UUID], url: str = DEFAULT_URL,
         raise NoAnswer(f"cannot ask {place}: {reason}") from None
 
 
-def version_4_uuid(key: Union[str, uuid.UUID]) -> uuid.UUID:
-    """Return a key as a UUID. Raises ValueError if it is not a version 4 UUID."""
+def version_4_uuid(key: Key) -> str:
+    """Return a key as kv has it. Raises ValueError if it is not a version 4 UUID."""
     try:
         identifier = uuid.UUID(str(key))
     except ValueError:
         raise ValueError("not a UUID") from None
     if identifier.version != 4:
         raise ValueError("a UUID, but not of version 4")
-    return identifier
+    return str(identifier)
 
 
 def check_url(url: str) -> None:
@@ -1776,7 +1969,8 @@ def check_url(url: str) -> None:
 def check_timeout(seconds: float) -> None:
     """Raise ValueError if a timeout is not one that sockets accept."""
     if not 0 < seconds <= MAX_TIMEOUT:
-        raise ValueError(f"{seconds:g} is not above 0 and up to {MAX_TIMEOUT} seconds")
+        raise ValueError(
+            f"{seconds:g} is not above 0 and at most {MAX_TIMEOUT} seconds")
 
 
 def proxy_for(url: str) -> Optional[str]:
@@ -1787,8 +1981,11 @@ def proxy_for(url: str) -> Optional[str]:
     return urllib.request.getproxies().get(parts.scheme)
 
 
-def read_value(answer: http.client.HTTPResponse) -> bytes:
-    """Return the body of an answer. Raises OSError if it is not as kv answers."""
+def read_body(answer: http.client.HTTPResponse, is_alone: bool) -> bytes:
+    """Return the body of an answer. Raises OSError if this is not an answer of kv.
+
+    If it is for several keys and large, raises NotTogether before reading it.
+    """
     if answer.status != 200:
         raise OSError(f"unexpected status {answer.status} {answer.reason}")
     if answer.getheader("Content-Encoding") or answer.getheader("Transfer-Encoding"):
@@ -1797,18 +1994,20 @@ def read_value(answer: http.client.HTTPResponse) -> bytes:
         raise OSError("unexpected Content-Type; is that a server of another kind?")
     lengths = answer.headers.get_all("Content-Length", [])
     if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
-        raise OSError("missing, doubled or malformed Content-Length")
-    missing = int(lengths[0])
-    if missing > MAX_VALUE_BYTES:
-        raise OSError(f"a value of {missing} bytes, which is too large")
+        raise OSError("missing, repeated or malformed Content-Length")
+    remaining = int(lengths[0])
+    if remaining > TOGETHER_BYTES and not is_alone:
+        raise NotTogether(f"an answer of {remaining} bytes")
+    if remaining > MAX_VALUE_BYTES:
+        raise OSError(f"a value of {remaining} bytes, which is too large")
     pieces = []
     try:
-        while missing:
-            piece = answer.read(min(missing, SENT_BYTES))
+        while remaining:
+            piece = answer.read(min(remaining, PIECE_BYTES))
             if not piece:
-                raise OSError(f"the answer ended {missing} bytes early")
+                raise OSError(f"the answer ended {remaining} bytes early")
             pieces.append(piece)
-            missing -= len(piece)
+            remaining -= len(piece)
         return b"".join(pieces)
     except MemoryError:
         raise OSError("the value does not fit in memory") from None
@@ -1833,48 +2032,85 @@ def ask_failure(error: Exception, timeout: float) -> str:
         return f"no answer within {timeout:g} s"
     if "WRONG_VERSION_NUMBER" in str(reason) or "RECORD_LAYER" in str(reason):
         return "the server does not speak TLS; use http://"
-    if isinstance(reason, http.client.RemoteDisconnected):
+    if isinstance(reason, http.client.RemoteDisconnected):  # a kind of BadStatusLine
         return "the connection was closed without an answer"
     if isinstance(reason, http.client.BadStatusLine):
         return f"not an HTTP server: {text}"
     return text
 
 
-def keys_to_ask(keys: List[str]) -> Iterator[str]:
-    """Yield the keys, and for a "-" those on standard input, one per line.
+def keys_to_ask(keys: List[str]) -> Iterator[List[str]]:
+    """Yield lists of the keys that are there, and for a "-" of those on standard input.
 
     Raises ValueError if standard input cannot be read.
     """
+    there: List[str] = []
     for key in keys:
         if key != "-":
-            yield key
+            there.append(key)
             continue
-        if sys.stdin is None:
-            raise ValueError("standard input is closed")
+        yield there
+        there = []
+        yield from keys_from_standard_input()
+    yield there
+
+
+def keys_from_standard_input() -> Iterator[List[str]]:
+    """Yield lists of the keys on standard input, one per line, as soon as they come.
+
+    Raises ValueError if standard input cannot be read.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    rest = b""  # the beginning of a line
+    news = b"\n"
+    while news:
         try:
-            for line in sys.stdin.buffer:
-                if line.strip():
-                    yield line.decode("utf-8", "replace").strip()
+            news = os.read(0, 1 << 16)
         except OSError as error:
             raise ValueError(f"standard input: {error.strerror}")
+        lines = (rest + news).split(b"\n")
+        if news:
+            rest = lines.pop()
+        yield [line.decode("utf-8", "replace").strip() for line in lines if line.strip()]
 
 
-def print_value(key: str, options: argparse.Namespace, output: BinaryIO) -> int:
-    """Print the value of a key. Returns the exit code for it. Raises OSError."""
-    try:
-        value = get(key, options.url, options.timeout)
-    except KeyError:
-        complain(f"{escape(key)}: not found")
-        return 1
-    except ValueError as error:
-        complain(f"{escape(key)}: {error}")
-        return 2
-    output.write(value + b"\n")
-    output.flush()
-    return 0
+def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO) -> int:
+    """Print the values of valid keys. Returns the exit code for them. Raises OSError."""
+    code = 0
+    for start in range(0, len(keys), KEYS_TOGETHER):
+        together = keys[start:start + KEYS_TOGETHER]
+        values = get_many(together, options.url, options.timeout)
+        for key in together:
+            if key in values:
+                output.write(values[key] + b"\n")
+            else:
+                output.flush()  # in the order of the keys, also where both are a terminal
+                complain(f"{escape(key)}: not found")
+                code = 1
+        output.flush()
+    return code
 
 
-def print_values(options: argparse.Namespace) -> int:
+def print_all(keys: List[str], options: argparse.Namespace, output: BinaryIO) -> int:
+    """Print the values of keys. Returns the exit code for them. Raises OSError.
+
+    What is printed, and in which order, is as if they were asked for one by one.
+    """
+    code = 0
+    valid: List[str] = []
+    for key in keys:
+        try:
+            version_4_uuid(key)
+            valid.append(key)
+        except ValueError as error:
+            code = max(code, print_values(valid, options, output), 2)
+            valid = []
+            complain(f"{escape(key)}: {error}")
+    return max(code, print_values(valid, options, output))
+
+
+def run_get(options: argparse.Namespace) -> int:
     """Print the values of keys, one per line. Returns the exit code."""
     if sys.stdout is None:
         complain("standard output is closed")
@@ -1882,8 +2118,8 @@ def print_values(options: argparse.Namespace) -> int:
     code = 0
     try:
         with open(1, "wb", closefd=False) as output:
-            for key in keys_to_ask(options.keys):
-                code = max(code, print_value(key, options, output))
+            for keys in keys_to_ask(options.keys):
+                code = max(code, print_all(keys, options, output))
     except BrokenPipeError:  # the reader has enough, as in `kv.py get ... | head -1`
         return code
     except (NoAnswer, ValueError) as error:
@@ -1930,11 +2166,11 @@ def make_parser() -> Parser:
     command = commands.add_parser(
         "serve", help="Serve the pairs in a file.",
         description="Answer requests for the pairs in a file, until SIGTERM or Ctrl-C.")
-    command.set_defaults(parser=command)
+    command.set_defaults(parser=command)  # to report wrong usage by
     command.add_argument(
         "file", metavar="FILE",
         help="The file with the pairs, one per line: a version 4 UUID, one space and the "
-             "value. A - stands for standard input.")
+             "value. - means standard input.")
     command.add_argument(
         "--host", default="127.0.0.1",
         help="The address to listen on: 0.0.0.0 for all of IPv4, :: for all of IPv4 and "
@@ -1947,6 +2183,10 @@ def make_parser() -> Parser:
         help="Hold at most this many connections. A further one replaces the one that "
              "has been waiting longest. By default as many as the limit of open files "
              f"allows, up to {MAX_CONNECTIONS}.")
+    command.add_argument(
+        "--reuse-port", action="store_true",
+        help="Share the port with other servers that were started with this option. The "
+             "system spreads new connections among them.")
     command.add_argument(
         "--verbose", action="store_true", help="Log each request on standard error.")
     command.add_argument(
@@ -1963,7 +2203,7 @@ def make_parser() -> Parser:
     command.set_defaults(parser=command)
     command.add_argument(
         "keys", metavar="KEY", nargs="+",
-        help="A version 4 UUID. A - stands for keys on standard input, one per line.")
+        help="A version 4 UUID. - means keys on standard input, one per line.")
     command.add_argument(
         "--url", default=DEFAULT_URL,
         help="The URL of the server. By default $KV_URL, or http://127.0.0.1:8000.")
@@ -1975,6 +2215,8 @@ def make_parser() -> Parser:
 
 def check_serve_options(options: argparse.Namespace) -> None:
     """End the program if options of `serve` do not go together."""
+    if options.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+        options.parser.error("--reuse-port needs SO_REUSEPORT, which this system lacks")
     if not options.check and not options.sorted:
         options.parser.error("--no-check requires --sorted")
     if options.sorted and not hasattr(os, "pread"):
@@ -1997,8 +2239,7 @@ def check_get_options(options: argparse.Namespace) -> None:
 
 
 def check_command(command: str, parser: Parser) -> None:
-    """End the program if the first argument is none of its commands, with a guess if
-    possible.
+    """End the program if the first argument is not a command. Suggests one if possible.
     """
     if command in ("", "serve", "get") or command.startswith("-"):
         return
@@ -2022,7 +2263,7 @@ def main() -> int:
             check_serve_options(options)
             return serve(options)
         check_get_options(options)
-        return print_values(options)
+        return run_get(options)
     except KeyboardInterrupt:  # Ctrl-C during get, or a second one during serve
         return 130
 
