@@ -83,7 +83,7 @@ LINE_BYTES = 8000             # longest request line, without its CRLF
 HEAD_BYTES = 16000            # longest head, with the empty line at its end
 METHOD_BYTES = 17             # longest registered method, UPDATEREDIRECTREF
 VERDICTS = 1024               # number of verdicts that are remembered
-VERDICT_BYTES = 2000          # longest fields of a head on which one is remembered
+VERDICT_BYTES = 2000          # longest head whose verdict is remembered
 
 # Answers
 COPIED_BYTES = 1024           # longest value that is copied; others are sent in place
@@ -155,7 +155,8 @@ class Log:
     nobody reads nor a terminal stopped by Ctrl-S may hold up the server.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_verbose: bool) -> None:
+        self.is_verbose = is_verbose         # whether to log each request
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
@@ -732,7 +733,9 @@ def judge(head: bytes) -> Verdict:
     A path, which the verdict has without its first slash, is not judged here but in
     `judge_path`: nearly all paths are keys that are found in the data as they are.
     """
-    if len(head) > LINE_BYTES:
+    judge_rest = judge_and_remember
+    if len(head) > VERDICT_BYTES:  # strangers shall not fill the memory
+        judge_rest = judge_fields
         too_long = judge_length(head + b"\r\n\r\n")
         if too_long:
             return too_long
@@ -740,14 +743,15 @@ def judge(head: bytes) -> Verdict:
     if len(words) < 3:
         return MALFORMED_LINE
     method, target, rest = words
-    if len(rest) <= VERDICT_BYTES:
-        status, text, close = remembered_verdict(method, rest)
-    else:
-        status, text, close = judge_fields(method, rest)
+    status, text, close = judge_rest(method, rest)
     if status == 200 and target[:1] == b"/":
         return 200, target[1:], close
+    if not TARGET_RE.fullmatch(target):
+        return MALFORMED_LINE
+    if status == 505:  # other versions of HTTP have other targets
+        return OTHER_VERSION
     path = path_of(method, target)
-    if path is None and status != 505:  # other versions have other targets
+    if path is None:
         return MALFORMED_LINE
     if status == 200:
         return 200, path, close
@@ -823,7 +827,7 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     return 200, b"", close
 
 
-remembered_verdict = functools.lru_cache(maxsize=VERDICTS)(judge_fields)
+judge_and_remember = functools.lru_cache(maxsize=VERDICTS)(judge_fields)
 
 
 def list_elements(values: List[bytes]) -> List[bytes]:
@@ -841,12 +845,10 @@ def are_valid_codings(codings: List[bytes]) -> bool:
 
 
 def path_of(method: bytes, target: bytes) -> Optional[bytes]:
-    """Return the path in a target, without its first slash; None if that is malformed.
+    """Return the path in a target, without its first slash; None if it has no valid form.
 
     RFC 9112 section 3.2 defines the four forms of a target.
     """
-    if not TARGET_RE.fullmatch(target):
-        return None
     if target.startswith(b"/"):
         return target[1:]
     absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
@@ -1078,6 +1080,8 @@ class Server(http.server.ThreadingHTTPServer):
     Connections that wait for their clients are in one of two dicts, in the order in which
     they began to wait: in `idle` for their next request, in `beginnings` for the rest of
     a head. So the first one of each is the next to expire, or to be evicted.
+
+    Fewer than 30 attributes are found faster, in CPython 3.11 by 2 % of an answer's time.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1092,8 +1096,6 @@ class Server(http.server.ThreadingHTTPServer):
         """
         self.data = data
         self.log = log
-        self.is_verbose = options.verbose
-        self.shares_port = options.reuse_port
         # Each connection is in one of these three, except one that was just accepted.
         self.idle: "collections.OrderedDict[Connection, None]" = collections.OrderedDict()
         self.beginnings: Dict[Connection, None] = {}
@@ -1131,6 +1133,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket = listener
         if isinstance(address, tuple):  # the address of a Unix socket is a path
             self.set_tcp_options()
+        if options.reuse_port:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if not listener:
             self.server_bind()
 
@@ -1148,8 +1152,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind like TCPServer: HTTPServer would look up a name, which can take long."""
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if self.shares_port:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         socketserver.TCPServer.server_bind(self)
 
     # The loop
@@ -1400,11 +1402,12 @@ class Server(http.server.ThreadingHTTPServer):
                 status = 500
                 body = INTERNAL_ERROR
                 close = False
-            is_last = number == len(heads)
-            connection.close = close or (self.is_stopping and is_last)
+            connection.close = close
+            if self.is_stopping and number == len(heads):
+                connection.close = True
             size += self.add_answer(connection, head, status, body)
             if connection.close:
-                if connection.received or not is_last:
+                if connection.received or number < len(heads):
                     connection.linger = True
                 return
             if size > SENT_BYTES:
@@ -1494,7 +1497,7 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.close:
             # A refused client may still be sending, and a long answer takes some time.
             connection.linger = status not in (200, 404) or len(body) > PIECE_BYTES
-        if self.is_verbose:
+        if self.log.is_verbose:
             self.log_request(connection.address, head, status, len(body))
         if len(body) <= COPIED_BYTES:  # StoredValue and Lines are always longer
             connection.unsent.append(answer + body)
@@ -1678,7 +1681,7 @@ class CannotServe(Exception):
 
 def serve(options: argparse.Namespace) -> int:
     """Serve the pairs in a file until SIGTERM or Ctrl-C. Returns the exit code."""
-    log = Log()
+    log = Log(options.verbose)
     # Until the server notes stops, SIGTERM raises KeyboardInterrupt as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
