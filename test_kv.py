@@ -17,6 +17,7 @@ class. To add a case, add a row:
 import concurrent.futures
 import contextlib
 import gzip
+import http.server
 import itertools
 import math
 import os
@@ -189,9 +190,10 @@ class Serving:
 
     def __enter__(self):
         try:
-            until(lambda: b" on http://" in self.log or self.process.poll() is not None)
-            self.url, port = re.search(r" on (http://.*:(\d+))\n", self.log.decode()).groups()
-            self.port = int(port)
+            until(lambda: b" s, on " in self.log or self.process.poll() is not None)
+            self.url = re.search(r" on (\S+)\n", self.log.decode()).group(1)
+            if not self.url.startswith("unix:"):
+                self.port = int(self.url.rpartition(":")[2])
         except BaseException:
             self.__exit__()
             raise
@@ -218,7 +220,7 @@ class Serving:
     def __exit__(self, *_):
         if self.process.poll() is None:
             self.stop(signal.SIGKILL)
-        self.reader.join()
+        self.reader.join(PATIENCE)
         self.process.stderr.close()
         assert b"Traceback" not in self.log, self.log.decode()
 
@@ -230,11 +232,16 @@ class Client:
     """A client with nothing clever in it: bytes out, answers in."""
 
     def __init__(self, address, receive_buffer=None):
-        self.socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        is_unix = isinstance(address, str)
+        family = socket.AF_UNIX if is_unix else socket.AF_INET
+        if ":" in address[0]:
+            family = socket.AF_INET6
+        self.socket = socket.socket(family)
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(PATIENCE)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not is_unix:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             self.socket.connect(address)
         except BaseException:
@@ -357,9 +364,9 @@ class Lines(unittest.TestCase):
         (K.replace(b"-4", b"-F") + b" v\n",
          (1, "a UUID, but version f, not 4", K.replace(b"-4", b"-F") + b" v")),
         (K.replace(b"-8", b"-7") + b" v\n",
-         (1, "a UUID, but not of the variant of RFC 9562", K.replace(b"-8", b"-7") + b" v")),
+         (1, "a UUID, but not of the RFC 9562 variant", K.replace(b"-8", b"-7") + b" v")),
         (K.replace(b"-8", b"-c") + b" v\n",
-         (1, "a UUID, but not of the variant of RFC 9562", K.replace(b"-8", b"-c") + b" v")),
+         (1, "a UUID, but not of the RFC 9562 variant", K.replace(b"-8", b"-c") + b" v")),
         (b"\xef\xbb\xbf" + K + b" v\n", (1, ORDER_MARK, b"\xef\xbb\xbf" + K + b" v")),
         (b"\xff\xfe" + K + b" v\n", (1, ORDER_MARK, b"\xff\xfe" + K + b" v")),
         (K + b" v\r" + key(2) + b" w\n" + key(2), (2, NO_SPACE, key(2))),
@@ -373,7 +380,7 @@ class Lines(unittest.TestCase):
          (7, NO_KEY, b"x" * 99)),
     )
     UNSORTED = "a key below the one before it; sort the file with LC_ALL=C sort"
-    UPPER = "a key in upper case, which --sorted does not take"
+    UPPER = "a key in upper case, which --sorted does not accept"
     BAD_IF_SORTED = (
         (K + b" v\n" + K + b" w\n" + key(2) + b" x", (2, TWICE, K + b" w")),
         (key(2) + b" v\n\n" + K + b" w\n" + key(3) + b" x", (3, UNSORTED, K + b" w")),
@@ -395,7 +402,7 @@ class Lines(unittest.TestCase):
     MISTAKES = (  # a file that is served, and what the log says of it
         (K + b" v\n" + key(2) + b" w", "the last line has no newline; was the file cut off?"),
         (K + b" v\r\n" + key(2) + b" w\r\n",
-         "all values end in \\r; has the file Windows line ends?"),
+         "all values end in \\r; does the file have Windows line endings?"),
         (K + b" v\r\n" + key(2) + b" w\n", None),
         (K + b" v\n\n", None),
         (K + b" v\n" + key(2) + b" w\r",
@@ -530,8 +537,12 @@ class Lines(unittest.TestCase):
             with data_file(lines) as path:
                 process = subprocess.Popen(command("serve", "--port", "0", path, *options),
                                            stderr=subprocess.PIPE, env=environment())
-                while process.poll() is None:
-                    change(path)
+                try:
+                    deadline = time.monotonic() + PATIENCE
+                    while process.poll() is None and time.monotonic() < deadline:
+                        change(path)
+                finally:
+                    process.kill()
                 return path, process.returncode, process.communicate()[1].decode()
 
         for row, running in side_by_side(refused, ((grow,), (os.utime,), (os.utime, "--sorted"))):
@@ -755,7 +766,7 @@ class SortedFiles(unittest.TestCase):
                     self.drop_pages(path)
                     self.assertEqual(other.ask(b"")[0], 200)
                 for client in clients:
-                    client.join()
+                    client.join(PATIENCE)
                 self.assertEqual(wrong, [])
                 until(lambda: server.threads() == 1)
 
@@ -836,7 +847,7 @@ class SortedFiles(unittest.TestCase):
                 if n % 100 == 50:
                     server.process.send_signal(signal.SIGHUP)
             stop.set()
-            writer.join()
+            writer.join(PATIENCE)
             client.socket.close()
 
 
@@ -1088,6 +1099,10 @@ class Judge(WithExample):
         (400, GET_KEY + b"EHLO x\r\n"),
     )
 
+    CHANGING = re.compile(  # what differs from answer to answer: the date, the counts
+        rb"(?<=Date: )[^\r]*|(?<=Content-Length: )\d+(?=\r\n\r\n10000 pairs )"
+        rb"|\d+ requests answered, \d+ connections open")
+
     def all_answers(self, ways, pause=0):
         """Send each of `ways`, a list of pieces, on a new connection.
 
@@ -1104,7 +1119,7 @@ class Judge(WithExample):
                     for piece in pieces[1:]:
                         client.send(piece)
                     client.socket.shutdown(socket.SHUT_WR)
-            return [re.sub(b"Date: [^\r]*\r\n", b"", client.rest()) for client in clients]
+            return [self.CHANGING.sub(b"0", client.rest()) for client in clients]
 
     def answers(self, *pieces):
         """The same for one connection."""
@@ -1188,6 +1203,8 @@ class Judge(WithExample):
                 with self.subTest(request):
                     bare = self.answers(b"HEAD" + request[3:])
                     full = self.answers(request)
+                    if b"\r\n\r\n10000 pairs " in full:
+                        continue  # whose length changes with its counts
                     size = int(re.search(br"Content-Length: (\d+)", full).group(1))
                     self.assertEqual(bare, full[:-size])
 
@@ -1250,6 +1267,7 @@ class Judge(WithExample):
             client.send(head(b"GET", b"http://" + KEY))  # the host of the target is no key
             self.assertIn(b"pairs of example.data", client.answer()[2])
         self.assertRegex(body.decode(), r"\A10000 pairs of example\.data, since [^\n]* GMT\n"
+                                        r"\d+ requests answered, \d+ connections open\n"
                                         r"[^\n]*/KEY[^\n]*\n\Z")
         self.assertNotIn(HERE, body.decode())
 
@@ -1348,20 +1366,19 @@ class Judge(WithExample):
                          rb"(?:(?!chunked\s*,)" + self.TCHAR + rb"*\s*,\s*)*chunked[\s,]*",
                          b",".join(codings))):
             return 400, True
-        if not re.fullmatch(rb"(,?\s*100-continue\s*,?)+|none", b",".join(
-                values(b"Expect") or [b"none"])):
-            return 417, True
         options = re.split(rb"[\t ]*,[\t ]*", b",".join(values(b"Connection")))
         last = bool(body) or version == b"1.0" or b"close" in options
         path = re.fullmatch(rb"(?:(?i:http)://" + self.ORACLE_HOST + rb")?((?:/[^?]*)?)(?:\?.*)?",
                             target)
-        if method == b"OPTIONS" and (path or target == b"*"):
-            return 204, last
-        if method == b"CONNECT":
-            return 405, last
-        if not path or target[:1] == b"?":
+        has_path = path and target[:1] != b"?"
+        if not has_path and method != b"CONNECT" and (method, target) != (b"OPTIONS", b"*"):
             return 400, True
-        if method in (b"POST", b"PUT", b"DELETE", b"TRACE", b"PATCH"):
+        if not re.fullmatch(rb"(,?\s*100-continue\s*,?)+|none", b",".join(
+                values(b"Expect") or [b"none"])):
+            return 417, True
+        if method == b"OPTIONS":
+            return 204, last
+        if method in (b"POST", b"PUT", b"DELETE", b"TRACE", b"PATCH", b"CONNECT"):
             return 405, last
         if method not in (b"GET", b"HEAD"):
             return 501, last
@@ -1394,7 +1411,7 @@ class Judge(WithExample):
                 status = int(answer.group(1))
                 statuses.append((status, b"\r\nConnection: close\r\n" in answer.group()))
                 got = got[answer.end():]
-                text = re.match(rb"10000 pairs.*\n.*\n|this is a value|[ -~]+\n", got)
+                text = re.match(rb"10000 pairs.*\n0\n.*\n|this is a value|[ -~]+\n", got)
                 got = got[text.end() if text else 0:]
             expected = list(self.expected(sent))
             if len(statuses) == len(expected) + 1:  # the rest was refused before its end
@@ -1441,7 +1458,7 @@ class Loop(WithExample):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(PATIENCE)
         self.assertEqual(wrong, [None] * 50)
 
     def test_pipelined_requests_are_answered_in_order(self):
@@ -1453,13 +1470,14 @@ class Loop(WithExample):
                 thread.start()
                 for _, value in pairs:
                     self.assertEqual(client.answer()[::2], (200, value))
-                thread.join()
+                thread.join(PATIENCE)
 
     def test_answers_are_not_held_back(self):
         """By Nagle's algorithm: an answer that goes out while another is not acknowledged."""
         options = kv.argparse.Namespace(host="127.0.0.1", port=0, verbose=False,
-                                        max_connections=9, file="", sorted=False, check=True)
-        server = kv.Server(options, kv.Data(options, kv.Log()), kv.Log())
+                                        max_connections=9, file="", sorted=False, check=True,
+                                        reuse_port=False)
+        server = kv.Server(options, kv.Data(options, kv.Log(False)), kv.Log(False))
         server.server_activate()
         with server.socket, Client(server.socket.getsockname()):
             with server.get_request()[0] as accepted:
@@ -1512,6 +1530,7 @@ class Loop(WithExample):
             until(lambda: server.threads() == 1)
 
     @ON_LINUX
+    @unittest.skipUnless(IS_CPYTHON, "PyPy has its own ideas of memory")
     def test_a_large_value_is_not_copied_for_each_client(self):
         for options in ((), ("--sorted",)):
             with self.subTest(options), self.serving_large(*options) as server:
@@ -1594,6 +1613,7 @@ class Loop(WithExample):
                 self.assertRegex(line, r"^kv: fault in answering 127\.0\.0\.1: TypeError\(")
 
     @ON_LINUX
+    @unittest.skipUnless(IS_CPYTHON, "PyPy has its own ideas of memory")
     def test_too_few_threads(self):
         """A client that would need one is closed, all others go on."""
         with self.serving_large() as server, contextlib.ExitStack() as stack:
@@ -1611,7 +1631,8 @@ class Loop(WithExample):
 
     def test_without_what_windows_lacks(self):
         program = ("import os, signal, socket, sys; sys.path.insert(0, %r)\n"
-                   "del signal.SIGHUP, os.sched_getaffinity\n"
+                   "del signal.SIGHUP\n"
+                   "if hasattr(os, 'sched_getaffinity'): del os.sched_getaffinity\n"
                    "sys.modules['resource'] = None\n"
                    "del socket.getfqdn, socket.gethostbyaddr  # nor is any name looked up\n"
                    "import kv; kv.CAN_GATHER = False; sys.exit(kv.main())" % HERE)
@@ -1836,6 +1857,7 @@ class Limits(unittest.TestCase):
                                 idle(third)
 
     @ON_LINUX
+    @unittest.skipUnless(IS_CPYTHON, "PyPy has its own ideas of memory")
     def test_clients_that_take_nothing_lock_nobody_out(self):
         size = 200
         with data_file(self.LARGE) as path, contextlib.ExitStack() as stack:
@@ -1898,17 +1920,16 @@ class Limits(unittest.TestCase):
                 self.assertLess(time.monotonic() - start, 1)
                 asked += 1
             client.__exit__()
-            crowd.join()
+            crowd.join(PATIENCE)
 
     @ON_LINUX
     def test_too_few_descriptors(self):
         """All connect, the later ones instead of the earlier; and it does not spin meanwhile."""
-        import resource
         for options, told in ((("--max-connections", "1000"), 1), ((), 0)):
             with contextlib.ExitStack() as stack:
-                server = stack.enter_context(Serving(
-                    EXAMPLE, *options,
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))))
+                serve = ["sh", "-c", 'ulimit -n 50; exec "$@"', "sh"] + command(
+                    "serve", EXAMPLE, "--port", "0", *options)
+                server = stack.enter_context(Serving(command_line=serve))
                 self.assertEqual(server.lines()[:-1], [
                     "kv: --max-connections 1000 needs 1032 open files, but the limit is 50"
                     "; raise it with ulimit -n, or LimitNOFILE under systemd"][:told])
@@ -1924,9 +1945,10 @@ class Limits(unittest.TestCase):
     def test_it_raises_its_limit_of_open_files(self):
         import resource
         raise_descriptor_limit(600)
-        limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 600))
         for options, soft in (((), 600), (("--max-connections", "300"), 332)):
-            with Serving(EXAMPLE, *options, preexec_fn=limit) as server:
+            serve = ["sh", "-c", 'ulimit -Sn 60; ulimit -Hn 600; exec "$@"', "sh"] + command(
+                "serve", EXAMPLE, "--port", "0", *options)
+            with Serving(command_line=serve) as server:
                 self.assertEqual(resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[0], soft)
                 self.assertEqual(len(server.lines()), 1, server.log)
 
@@ -1981,6 +2003,7 @@ class Limits(unittest.TestCase):
                 try:
                     log = b""
                     while b" on http://" not in log:
+                        self.assertTrue(select.select([reading], [], [], PATIENCE)[0], log)
                         log += os.read(reading, 1000)
                     if make is os.pipe:
                         self.fill(writing)
@@ -1996,7 +2019,7 @@ class Limits(unittest.TestCase):
                     self.assertEqual(process.wait(5), 0)
                 finally:
                     process.kill()
-                    process.wait()
+                    process.wait(PATIENCE)
                     os.close(reading)
                     os.close(writing)
 
@@ -2053,7 +2076,7 @@ class ReloadAndStop(unittest.TestCase):
         finally:
             stop.set()
             for thread in threads:
-                thread.join()
+                thread.join(PATIENCE)
 
     def test_reload_under_load(self):
         for options in ((), ("--sorted",)):
@@ -2083,7 +2106,8 @@ class ReloadAndStop(unittest.TestCase):
                 replace(path, self.content(b"new", 100000))
                 server.process.send_signal(signal.SIGHUP)
                 asked = 0
-                while b"reloaded" not in server.log:
+                deadline = time.monotonic() + PATIENCE
+                while b"reloaded" not in server.log and time.monotonic() < deadline:
                     start = time.monotonic()
                     self.assertIn(client.ask(key(7))[2], (b"old 7", b"new 7"))
                     self.assertLess(time.monotonic() - start, 1)
@@ -2152,7 +2176,7 @@ class ReloadAndStop(unittest.TestCase):
                 until(again)  # a reload takes many times as long as a look does
                 until(lambda: server.log.count(b"reloaded") == 2)
                 self.assertEqual(server.stop(), 0)
-                server.reader.join()
+                server.reader.join(PATIENCE)
                 self.assertLessEqual(server.log.count(b"reloaded"), 3)
 
     def test_a_storm_of_signals(self):
@@ -2172,7 +2196,9 @@ class ReloadAndStop(unittest.TestCase):
             for _ in range(3):
                 logged = len(server.lines())
                 server.process.send_signal(signal.SIGHUP)
-                while "kv: the data stays as it was" not in server.lines()[logged:]:
+                deadline = time.monotonic() + PATIENCE
+                while ("kv: the data stays as it was" not in server.lines()[logged:]
+                       and time.monotonic() < deadline):
                     with contextlib.suppress(EOFError, ConnectionError), server.connect() as client:
                         self.assertEqual(client.ask(key(7))[2], b"x" * 500 + b" 7")
                         answered += 1
@@ -2218,7 +2244,7 @@ class ReloadAndStop(unittest.TestCase):
                 asking.start()
                 until(lambda: len(counts) > asked + 20)
                 self.assertEqual(server.stop(), 0)
-                asking.join()
+                asking.join(PATIENCE)
         self.assertLessEqual(set(counts), {0, 40})
 
     def stuck(self, stack):
@@ -2308,7 +2334,8 @@ class ReloadAndStop(unittest.TestCase):
     def test_the_terminal_is_closed(self):
         """Then it ends, like any program there; but not under nohup, where SIGHUP reloads."""
         import pty
-        for prefix, survives in (([], False), (["nohup"], True)):
+        ways = (([], False), (["nohup"], True))
+        for prefix, survives in ways if IS_CPYTHON else ways[:1]:  # see Limitations
             with self.subTest(prefix), tempfile.TemporaryDirectory() as folder:
                 log_path = os.path.join(folder, "log")
                 port = free_port()
@@ -2335,10 +2362,295 @@ class ReloadAndStop(unittest.TestCase):
                         with Client(("127.0.0.1", port)) as client:
                             self.assertEqual(client.ask(KEY)[2], VALUE)
                         os.kill(pid, signal.SIGTERM)
-                    self.assertEqual(os.waitpid(pid, 0)[1], 0)
+                    ended = until(lambda: os.waitpid(pid, os.WNOHANG)[0] and "ended")
+                    self.assertEqual(ended, "ended")
                 except BaseException:
                     os.kill(pid, signal.SIGKILL)
                     raise
+
+class SeveralKeys(WithExample):
+    """GET /KEY,KEY,... and those who ask for many keys."""
+
+    LINE, OTHER_LINE = KEY + b" " + VALUE + b"\n", OTHER_KEY + b" " + OTHER_VALUE + b"\n"
+    LISTS = (  # path, status, body
+        (KEY + b"," + OTHER_KEY, 200, LINE + OTHER_LINE),
+        (OTHER_KEY.upper() + b"," + KEY, 200, OTHER_LINE + LINE),
+        (KEY + b"," + KEY + b"," + OTHER_KEY + b"," + KEY.upper(), 200, LINE + OTHER_LINE),
+        (ABSENT + b"," + KEY, 200, LINE),
+        (ABSENT + b"," + key(1), 200, b""),
+        (KEY.replace(b"-", b"%2D") + b"," + OTHER_KEY + b"?x,y", 200, LINE + OTHER_LINE),
+        (KEY + b",", 400, b"not a version 4 UUID\n"),
+        (b"," + KEY, 400, b"not a version 4 UUID\n"),
+        (KEY + b"%2C" + KEY, 400, b"not a version 4 UUID\n"),
+        (KEY + b"," + KEY.replace(b"-4", b"-1"), 400, b"not a version 4 UUID\n"))
+
+    def test_lists(self):
+        with self.server.connect() as client:
+            for path, status, body in self.LISTS:
+                with self.subTest(path):
+                    self.assertEqual(client.ask(path)[::2], (status, body))
+                    got, fields, _ = client.ask(path, method=b"HEAD")
+                    self.assertEqual((got, fields["content-length"]), (status, str(len(body))))
+
+    def test_as_many_as_the_request_line_holds(self):
+        with open(EXAMPLE, "rb") as file:
+            lines = list(itertools.islice(file, 216))
+        with self.server.connect() as client:
+            status, _, body = client.ask(b",".join(line[:36] for line in lines[:215]))
+            self.assertEqual((status, body), (200, b"".join(lines[:215])))
+            self.assertEqual(client.ask(b",".join(line[:36] for line in lines))[0], 414)
+
+    @ON_LINUX
+    def test_large_answers_are_not_joined(self):
+        """20 clients that ask for 15 MB each, of which one takes them."""
+        lines = [key(n) + b" " + b"%d" % n * size + b"\n"
+                 for n, size in enumerate((5000000, 9, 5000000, 0, 5000000))]
+        path = b",".join(map(key, range(5)))
+        for options in ((), ("--sorted",)):
+            with self.subTest(options), data_file(b"".join(lines)) as file:
+                with Serving(file, *options) as server, contextlib.ExitStack() as stack:
+                    before = proc(server.pid, "VmRSS")
+                    clients = [stack.enter_context(server.connect(receive_buffer=4096))
+                               for _ in range(19)] + [stack.enter_context(server.connect())]
+                    for client in clients:
+                        client.send(ask_for(path) + ask_for(key(3)))
+                    until(lambda: server.threads() == 21)
+                    if IS_CPYTHON:
+                        self.assertLess(proc(server.pid, "VmRSS") - before, 10000)
+                    self.assertEqual(clients[-1].answer()[2], b"".join(lines))
+                    self.assertEqual(clients[-1].answer()[2], b"")
+                    until(lambda: server.threads() == 20)
+
+    def test_get_many(self):
+        pairs = dict(itertools.islice(example_pairs().items(), 1000))
+        asked = [k.decode() for k in pairs] + [ABSENT.decode()]
+        found = kv.get_many(asked, self.server.url)
+        self.assertEqual(found, {k.decode(): value for k, value in pairs.items()})
+        forms = [uuid.UUID(KEY.decode()), KEY.decode().upper(), "{%s}" % KEY.decode()]
+        self.assertEqual(kv.get_many(iter(forms), self.server.url), dict.fromkeys(forms, VALUE))
+        self.assertEqual(kv.get_many([], self.server.url), {})
+        for error, keys, url in ((ValueError, ["x"], self.server.url),
+                                 (OSError, asked, "http://127.0.0.1:1")):
+            with self.assertRaises(error):
+                kv.get_many(keys, url)
+
+    def test_all_of_the_example(self):
+        """As if asked for one by one: in the order asked, the same key twice."""
+        pairs = list(example_pairs().items())
+        stdin = b"\n".join([k for k, _ in pairs] + [ABSENT, b"nonsense", pairs[0][0]])
+        code, out, err = run("get", "-", "--url", self.server.url, stdin=stdin)
+        self.assertEqual(out, b"".join(v + b"\n" for _, v in pairs + pairs[:1]))
+        self.assertEqual((code, err.decode()), (
+            2, "kv: %s: not found\nkv: nonsense: not a UUID\n" % ABSENT.decode()))
+
+    ALONE = (  # what a server answers to two keys together that is then asked one by one
+        (400, b"not / and a version 4 UUID\n"), (414, b"too long\n"), (200, b"x" * 2000),
+        (200, KEY + b" " + VALUE), (200, key(1) + b" value\n"), (200, b"hello\n"))
+
+    def test_servers_that_do_not_know_lists(self):
+        self.addCleanup(setattr, kv, "TOGETHER_BYTES", kv.TOGETHER_BYTES)
+        kv.TOGETHER_BYTES = 1000
+        for answer in self.ALONE:
+            asked = []
+
+            class Older(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    asked.append(self.path)
+                    status, body = answer if "," in self.path else (200, self.path.encode())
+                    self.send_response(status)
+                    self.send_header("Content-Type", "text/plain")
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+                def log_message(self, *_):
+                    pass
+
+            names = [KEY.decode(), OTHER_KEY.decode()]
+            with self.subTest(answer), http.server.HTTPServer(("127.0.0.1", 0), Older) as old:
+                thread = threading.Thread(target=old.serve_forever, args=(0.01,))
+                thread.start()
+                try:
+                    url = "http://127.0.0.1:%d" % old.server_port
+                    self.assertEqual(kv.get_many(names, url),
+                                     {name: b"/" + name.encode() for name in names})
+                    self.assertEqual(asked, ["/" + ",".join(names)] + ["/" + n for n in names])
+                finally:
+                    old.shutdown()
+                    thread.join(PATIENCE)
+
+
+@ON_POSIX
+class Sockets(unittest.TestCase):
+    """Sockets that servers share, and those that systemd hands down."""
+
+    HAND_DOWN = (  # what systemd does between fork and exec, with the socket as descriptor 4
+        "import os, sys; os.dup2(int(sys.argv[1]), 3)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2])\n"
+        "os.execv(sys.executable, [sys.executable] + sys.argv[3:])")
+
+    def handed_down(self, handed, *arguments, count="1"):
+        """Return the command that serves on an open socket, and its keyword arguments."""
+        descriptor = handed.fileno()
+        prefix = [sys.executable, "-c", self.HAND_DOWN, str(descriptor), count]
+        serve = command("serve", *(arguments or (EXAMPLE,)))[1:]
+        return {"command_line": prefix + serve, "pass_fds": (descriptor,)}
+
+    @staticmethod
+    @contextlib.contextmanager
+    def listening(family=socket.AF_INET):
+        """Yield a listening socket and its address."""
+        with tempfile.TemporaryDirectory() as folder, socket.socket(family) as listener:
+            is_unix = family == socket.AF_UNIX
+            listener.bind(os.path.join(folder, "kv.sock") if is_unix else ("127.0.0.1", 0))
+            listener.listen(100)
+            yield listener, listener.getsockname()
+
+    @contextlib.contextmanager
+    def clients_asking(self, address, is_kept, count=8):
+        """Ask on and on, on `count` connections; yields the list of what is answered.
+
+        A connection is only closed after an answer that says so, or if not `is_kept`.
+        """
+        answers, stop = [], threading.Event()
+
+        def ask():
+            client = None
+            while not stop.is_set():
+                client = client or Client(address)
+                status, fields, body = client.ask(KEY)
+                answers.append((status, body))
+                if not is_kept or fields.get("connection") == "close":
+                    client.__exit__()
+                    client = None
+            if client:
+                client.__exit__()
+
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            clients = [pool.submit(ask) for _ in range(count)]
+            try:
+                until(lambda: len(answers) > 100)
+                yield answers
+            finally:
+                stop.set()
+            for client in clients:
+                client.result(PATIENCE)
+        self.assertEqual(set(answers), {(200, VALUE)})
+
+    def on_port(self, port):
+        return Serving(command_line=command(
+            "serve", EXAMPLE, "--reuse-port", "--port", str(port)))
+
+    def test_two_servers_on_one_port(self):
+        with Serving(EXAMPLE, "--reuse-port") as one, self.on_port(one.port) as two:
+            seen = set()
+
+            def ask():
+                with one.connect() as client:
+                    client.ask(KEY)
+                    count = int(re.search(rb"(\d+) requests", client.ask(b"")[2]).group(1))
+                seen.add(count % 2 and count)
+                return all(b"10000 pairs" in s.log for s in (one, two)) and len(seen) > 20
+
+            until(ask)
+            counts = []
+            for server in (one, two):
+                server.stop()
+            with self.assertRaises(ConnectionError):
+                one.connect()
+        with Serving(EXAMPLE, "--reuse-port") as one:
+            code, out, err = run("serve", EXAMPLE, "--port", str(one.port))
+            self.assertEqual((code, out), (1, b""))
+            self.assertIn(b"Address already in use", err)
+
+    def test_a_rolling_restart(self):
+        with contextlib.ExitStack() as servers:
+            server = servers.enter_context(Serving(EXAMPLE, "--reuse-port"))
+            address = ("127.0.0.1", server.port)
+            with self.clients_asking(address, is_kept=True) as answers:
+                for _ in range(3):
+                    old, server = server, servers.enter_context(self.on_port(server.port))
+                    self.assertEqual(old.stop(), 0)
+                    answered = len(answers)
+                    until(lambda: len(answers) > answered + 100)
+
+    def test_who_waits_to_be_accepted_is_answered(self):
+        with Serving(EXAMPLE) as server, contextlib.ExitStack() as stack:
+            server.process.send_signal(signal.SIGSTOP)
+            clients = [stack.enter_context(server.connect()) for _ in range(50)]
+            for client in clients:
+                client.send(GET_KEY)
+            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGCONT)
+            for client in clients:
+                self.assertEqual(client.answer()[::2], (200, VALUE))
+            self.assertEqual(server.process.wait(PATIENCE), 0)
+
+    def test_a_socket_that_is_handed_down(self):
+        for family, place in ((socket.AF_INET, "http://127.0.0.1:%d"),
+                              (socket.AF_UNIX, "unix:%s")):
+            with self.subTest(family), self.listening(family) as (listener, address):
+                how = self.handed_down(listener, EXAMPLE, "--verbose", "--port", "1")
+                with Serving(**how) as server, Client(address) as client:
+                    if family == socket.AF_INET:
+                        address = address[1]
+                    self.assertEqual(server.url, place % address)
+                    self.assertEqual(client.ask(KEY)[2], VALUE)
+                    until(lambda: len(server.lines()) == 2)
+                    host = "127.0.0.1" if family == socket.AF_INET else "unix:"
+                    self.assertTrue(server.lines()[1].startswith(host + " - - ["))
+                    self.assertEqual(server.stop(), 0)
+
+    def test_restarts_on_a_socket_that_is_handed_down(self):
+        """Each answer on a connection of its own: none is refused, none is lost."""
+        with self.listening() as (listener, address), contextlib.ExitStack() as servers:
+            server = servers.enter_context(Serving(**self.handed_down(listener)))
+            with self.clients_asking(address, is_kept=False) as answers:
+                for _ in range(3):
+                    self.assertEqual(server.stop(), 0)
+                    server = servers.enter_context(Serving(**self.handed_down(listener)))
+                    answered = len(answers)
+                    until(lambda: len(answers) > answered + 100)
+
+    def test_what_cannot_be_handed_down(self):
+        with open(EXAMPLE, "rb") as file, socket.socket() as idle, self.listening() as (good, _):
+            with socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+                for handed, count, said in (
+                        (good, "2", "LISTEN_FDS is '2', but must be 1: one socket"),
+                        (good, "x", "LISTEN_FDS is 'x', but must be 1: one socket"),
+                        (file, "1", "descriptor 3 from systemd: Socket operation on non-socket"),
+                        (idle, "1", "descriptor 3 from systemd: not a stream socket that listens"),
+                        (datagrams, "1",
+                         "descriptor 3 from systemd: not a stream socket that listens")):
+                    with self.subTest(said):
+                        how = self.handed_down(handed, count=count)
+                        done = subprocess.run(
+                            how["command_line"], pass_fds=how["pass_fds"], timeout=PATIENCE,
+                            stderr=subprocess.PIPE, env=environment())
+                        self.assertEqual((done.returncode, done.stderr.decode()),
+                                         (1, "kv: %s\n" % said))
+        with Serving(EXAMPLE, env=environment(LISTEN_PID="1", LISTEN_FDS="1")) as server:
+            with server.connect() as client:  # the socket is for another process
+                self.assertEqual(client.ask(KEY)[2], VALUE)
+
+    @unittest.skipUnless(shutil.which("systemd-socket-activate"), "needs systemd")
+    def test_systemd_socket_activate(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "kv.sock")
+            process = subprocess.Popen(
+                ["systemd-socket-activate", "-l", path] + command("serve", EXAMPLE),
+                stderr=subprocess.PIPE, env=environment())
+            try:
+                until(lambda: os.path.exists(path))
+                with Client(path) as client:  # this starts it
+                    self.assertEqual(client.ask(KEY)[2], VALUE)
+                    process.terminate()
+                    log = process.communicate(timeout=PATIENCE)[1]
+                self.assertEqual(process.returncode, 0)
+                self.assertIn(b" s, on unix:" + path.encode(), log)
+            finally:
+                process.kill()
+                process.wait(PATIENCE)
 
 
 class Get(WithExample):
@@ -2404,7 +2716,7 @@ class Get(WithExample):
         ((KEY,), 2, b"", "kv: --url: 127.0.0.1:80: add http://[^\n]*\n",
          {"KV_URL": "127.0.0.1:80"}),
         ((KEY, "--timeout", "0"), 2, b"",
-         r"kv: --timeout: 0 is not above 0 and up to 1000000 seconds" + SEE, {}),
+         r"kv: --timeout: 0 is not above 0 and at most 1000000 seconds" + SEE, {}),
         ((KEY, "--timeout", "-1"), 2, b"", "kv: --timeout: -1 is not above 0 [^\n]*\n", {}),
         ((KEY, "--timeout", "nan"), 2, b"", "kv: --timeout: nan is not above 0 [^\n]*\n", {}),
         ((KEY, "--timeout", "1e10"), 2, b"", r"kv: --timeout: 1e\+10 is not above 0 [^\n]*\n",
@@ -2460,7 +2772,7 @@ class Get(WithExample):
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\nab",
          "cannot ask URL: unexpected Content-Type; [^\n]*"),
         (b"HTTP/1.1 404 No\r\n\r\n" + b"x" * 9000, "URL answered 404 No: x{192}[.]{3}"),
-        (b"HTTP/1.1 200 OK\r\n\r\nendless", "cannot ask URL: missing, doubled or "
+        (b"HTTP/1.1 200 OK\r\n\r\nendless", "cannot ask URL: missing, repeated or "
                                             "malformed Content-Length"),
         (OK + b"Content-Length: 2\r\n\r\nab", "cannot ask URL: [^\n]*Content-Length"),
         (OK + b"Content-Length: 3\r\n\r\nabc", "cannot ask URL: [^\n]*Content-Length"),
@@ -2495,7 +2807,7 @@ class Get(WithExample):
             yield "http://127.0.0.1:%d" % listener.getsockname()[1]
             with contextlib.suppress(OSError):
                 socket.create_connection(listener.getsockname(), 1).close()
-            thread.join()
+            thread.join(PATIENCE)
 
     def test_answers_that_are_not_from_kv(self):
         def ask(answer, _):
@@ -2741,7 +3053,7 @@ class CommandLine(WithExample):
                 self.assertEqual(client.ask(b"x" * 7900)[0], 400)
             until(lambda: server.log.count(b"\n") == 4)
             for line in server.lines()[1:]:
-                self.assertRegex(line, r"^127\.0\.0\.1 - - \[.*\] \"GET /x+$")
+                self.assertRegex(line, r"^127\.0\.0\.1 - - \[.*\] \"GET /x+\" 400 \d+$")
                 self.assertLess(len(line), kv.LOG_LINE_BYTES)
 
     def test_older_pythons_are_told(self):
@@ -2784,6 +3096,19 @@ class Readme(unittest.TestCase):
     """What README.md shows, word for word, in a folder with nothing but kv.py and example.data."""
 
     ATTENDED = r"\b(sudo|systemctl|unittest|bench|nginx)\b"  # not run by a test
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "needs systemd")
+    def test_its_units(self):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [os.path.join(folder, name) for name in ("kv.socket", "kv.service")]
+            for path in paths:
+                name = re.escape(os.path.basename(path))
+                block = re.search(r"(?m)^    # %s\n((?:    .*\n)+)" % name, readme()).group(1)
+                with open(path, "w") as file:
+                    file.write(re.sub(r"(?m)^    ", "", block))
+            done = subprocess.run(["systemd-analyze", "verify"] + paths, timeout=PATIENCE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual((done.returncode, done.stdout), (0, b""))
 
     def test_its_length_its_width_and_its_top(self):
         lines = readme().splitlines()
