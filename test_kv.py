@@ -1664,13 +1664,13 @@ def limit_memory(pid, kilobytes):
     resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
-def unsent_bytes(client, after=0):
+def unsent_bytes(server, client, after=0):
     """Return how many bytes the system holds that a client on this machine has not taken."""
     time.sleep(after)
-    port = b":%04X" % client.socket.getsockname()[1]
+    ports = [b":%04X" % port for port in (server.port, client.socket.getsockname()[1])]
     with open("/proc/net/tcp", "rb") as file:
         for fields in map(bytes.split, file):
-            if fields[2].endswith(port):  # the other side of the connection
+            if [address[-5:] for address in fields[1:3]] == ports:
                 return int(fields[4].partition(b":")[0], 16)
     return 0
 
@@ -1825,7 +1825,8 @@ class Limits(unittest.TestCase):
 
         def stick(client):
             client.send(GET_KEY)
-            until(lambda: unsent_bytes(client) == unsent_bytes(client, after=0.1) > 0)
+            until(lambda: unsent_bytes(server, client)
+                  == unsent_bytes(server, client, after=0.1) > 0)
 
         def linger(client):
             client.send(b"bad\r\n")
