@@ -538,7 +538,8 @@ class Sorted:
         expected = min(size, self.size - offset)
         if count < expected:
             raise BlockingIOError("only part of it is in memory")
-        return bytes(content[:count])
+        del content[count:]
+        return bytes(content)
 
     def check(self) -> None:
         """Raise FileChanged if the file was changed in place."""
