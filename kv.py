@@ -75,7 +75,7 @@ PROGRESS_SECONDS = 1.0        # a load that takes longer shows its progress
 # Sorted files
 PAGE_BYTES = 4096             # bytes to read at a time in a lookup
 MARK_BYTES = 1 << 16          # distance of the marks in a file
-MARKS = 20000                 # largest number of marks; large files have wider distances
+MARKS = 20000                 # largest number of marks; in large files they are farther
 
 # Requests
 RECEIVE_BYTES = 8192          # bytes to take from a connection at a time
@@ -115,7 +115,7 @@ DEFAULT_TIMEOUT = 10.0        # seconds
 MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
 MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
 KEYS_TOGETHER = 200           # asked for in one request, which fits in LINE_BYTES
-TOGETHER_BYTES = 1 << 26      # largest answer to that; else each key is asked for alone
+TOGETHER_BYTES = 1 << 26      # largest such answer; else each key is asked for alone
 QUOTED_CHARACTERS = 200       # of what a server says, in messages
 
 
@@ -384,8 +384,8 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # Marks, in ascending order. Lines that begin before the offset of a mark have
-        # keys up to its number, the other lines have greater keys.
+        # Marks, in ascending order: all key numbers up to mark_numbers[i] are before
+        # mark_offsets[i], all greater ones are not. The first and last are sentinels.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -456,7 +456,7 @@ class Sorted:
                 high = start
                 high_number = key_number(first[1])
             elif key > last[1]:  # the line begins after the last one in this page
-                low = offset + last.start(1)
+                low = offset + last.start(1)  # past the beginning of that one
                 low_number = key_number(last[1])
             else:  # the line would be in this page
                 return None
@@ -465,14 +465,15 @@ class Sorted:
     def page_with_key(self, offset: int, high: int, wait: bool) -> Tuple[int, bytes]:
         """Return the first page from `offset` on with a whole key, and its own offset.
 
-        A page may lie in a long value. Gives up at `high`, with a page without a key.
+        Pages inside a long value are skipped. If no line begins before `high`, the page
+        may have no key.
         """
         page = self.read(offset, PAGE_BYTES, wait)
         if FIRST_KEY_RE.search(page):
             return offset, page
         while offset < high:
-            # A key that begins near the end of the page is cut off, so continue at the
-            # first newline from there on.
+            # No line begins before `near_end`. One that begins in the KEY_BYTES + 1 bytes
+            # from there on is cut off, as a newline, a key and a space are more.
             near_end = offset + len(page) - KEY_BYTES - 1
             offset = self.find_newline(max(near_end, offset + 1), wait)
             page = self.read(offset, PAGE_BYTES, wait)
@@ -615,6 +616,7 @@ class Data:
 
         Raises OSError, ValueError and MemoryError.
         """
+        self.new_pairs = {}
         summary = "unchecked pairs"
         with open_data(self.path) as file:
             self.new_file = file
@@ -713,7 +715,7 @@ TARGET_RE = re.compile(                                       # RFC 3986 appendi
     rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]|%[0-9A-Fa-f]{2})+")
 HOST = (                                                      # RFC 3986 section 3.2.2
     rb"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]"                # an IPv6 address, roughly,
-    rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"      # or a name (two, if comma),
+    rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"      # or a name without a comma,
     rb"(?::[0-9]{0,5})?")                                     # and an optional port
 HOST_RE = re.compile(HOST)
 ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.*)?")
@@ -736,8 +738,9 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Verdict:
     """Judge a complete head, given without the empty line at its end.
 
-    The verdict has the path without its first slash. The path itself is not judged here
-    but in `judge_path`: nearly all paths are keys that are found as they are.
+    The verdict has the path without its first slash. The path itself may be anything
+    without a space: nearly all paths are keys that are found as they are, and those that
+    are not found go to `judge_path`.
     """
     judge_rest = judge_and_remember
     if len(head) > VERDICT_BYTES:  # clients should not be able to fill the memory
@@ -752,7 +755,7 @@ def judge(head: bytes) -> Verdict:
     status, text, close = judge_rest(method, rest)
     if status == 200 and target[:1] == b"/":
         return 200, target[1:], close
-    # Not a usual request. A malformed target is worse than any other fault.
+    # A malformed target is reported in preference to any other fault.
     if not TARGET_RE.fullmatch(target):
         return MALFORMED_LINE
     if status == 505:  # other versions of HTTP have other targets
@@ -899,7 +902,7 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     verdict = judge(line + b"\r\nHost: kv")  # as if the rest of the head were valid
     if verdict[0] == 200:
         verdict = judge_path(verdict[1])
-    if verdict in (MALFORMED_LINE, OTHER_VERSION):
+    if verdict in (MALFORMED_LINE, OTHER_VERSION):  # others wait for the whole head
         return verdict
     text = beginning.replace(b"\r\n", b"")
     if b"\n" in text or b"\r" in text[:-1]:  # a CR at the end may be half of a CRLF
@@ -953,12 +956,16 @@ class Lines:
     def pieces(self) -> Iterator[bytes]:
         """Yield the lines in pieces. Raises FileChanged."""
         for key, value in self.pairs.items():
-            yield key + b" "
             if isinstance(value, StoredValue):
+                yield key + b" "
                 yield from value.pieces()
-            else:
+                yield b"\n"
+            elif len(value) <= PIECE_BYTES:
+                yield b"%b %b\n" % (key, value)
+            else:  # too long to be copied
+                yield key + b" "
                 yield value
-            yield b"\n"
+                yield b"\n"
 
 
 # ---------------------------------------------------------------------------
@@ -1009,7 +1016,7 @@ class Handler(socketserver.BaseRequestHandler):
         if not connection.close:
             self.server.refuse_beginning(connection)
             self.send_unsent()
-        if connection.close:  # what takes a thread may be lost by a reset
+        if connection.close:  # what has taken a thread takes time, so always linger
             self.linger()
 
     def get(self, key: bytes) -> Optional[Body]:
@@ -1059,8 +1066,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        if connection.waiting_since == NEVER:
-            connection.waiting_since = now
+        connection.waiting_since = now
         deadline = now + LINGER_SECONDS
         while now < deadline:
             connection.socket.settimeout(deadline - now)
@@ -1077,12 +1083,12 @@ CAN_GATHER = hasattr(socket.socket, "sendmsg")  # Windows lacks it
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The loop: does everything that cannot block, for all clients.
+    """The loop: does everything that does not wait for a single client, for all clients.
 
-    What can block, on a client or on the disk, is handed over to a thread: an answer that
-    is large or that the client does not take immediately, lingering, and a lookup in
-    pages that are not in memory. Making the socket and running a Handler in a thread are
-    inherited from ThreadingHTTPServer; serve_forever is overridden.
+    What may have to wait is handed over to a thread: an answer that is large or that the
+    client does not take immediately, lingering, and a lookup in pages that are not in
+    memory. Making the socket and running a Handler in a thread are inherited from
+    ThreadingHTTPServer; serve_forever is overridden.
 
     Connections that wait for their clients are in one of two dicts, in the order in which
     they began to wait: in `idle` for their next request, in `beginnings` for the rest of
@@ -1151,8 +1157,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Set options of the listening socket, which connections inherit."""
         # No answer waits until the client has acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The system takes little more than the client does, so that slow clients are
-        # noticed.
+        # Little waits in the system to be sent, so that slow clients are noticed.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SENT_BYTES)
@@ -1194,8 +1199,8 @@ class Server(http.server.ThreadingHTTPServer):
             if connection is None:  # the listening socket
                 has_newcomer = True
                 continue
-            if connection.waiting_since == NEVER:  # its thread has registered it, but it
-                continue                           # is not taken back yet
+            if connection.waiting_since == NEVER:  # a thread is about to return it
+                continue
             try:
                 self.receive(connection)
             except Exception:
@@ -1277,9 +1282,12 @@ class Server(http.server.ThreadingHTTPServer):
         except BlockingIOError:  # none waits, or another process has accepted it
             return False
         except OSError as error:
-            if error.errno in OUT_OF_RESOURCES and not self.evict_longest_waiting():
+            if error.errno not in OUT_OF_RESOURCES:
+                return True  # this client has gone
+            is_evicted = self.evict_longest_waiting()
+            if not is_evicted:
                 self.pause_accepting()
-            return True  # else this client has gone, or the next try succeeds
+            return is_evicted  # then the next try may succeed
         if longest:
             self.evict(longest)
         name = "unix:"  # a client of a Unix socket has no address
@@ -1353,7 +1361,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # it was unregistered before a fault in hand_over
+            pass  # it was already unregistered when hand_over failed
 
     def close(self, connection: Connection) -> None:
         """Close a connection that the loop looks after."""
@@ -1391,6 +1399,8 @@ class Server(http.server.ThreadingHTTPServer):
             if connection not in self.beginnings:
                 self.keep(connection)
             return
+        # If there are more requests than SENT_BYTES of answers, `send` leaves all of them
+        # to a thread.
         is_sent = self.send(connection)
         if not is_sent or connection.linger:
             self.hand_over(connection, self.now)
@@ -1398,7 +1408,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
         elif beginning or connection.received:
             self.keep(connection)
-        else:  # it is idle and was so before: this does what `keep` does, but faster
+        else:  # it is in `idle` already: this does what `keep` does, but faster
             connection.waiting_since = self.now
             self.idle.move_to_end(connection)
 
@@ -1419,7 +1429,7 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 status, body, close = self.answer(verdict, get)
             except BlockingIOError:
-                self.put_back(connection, heads[number - 1:])
+                self.put_back(connection, heads[number - 1:])  # this one, too
                 raise
             except Exception as error:
                 self.report_fault(error, connection.address)
@@ -1500,7 +1510,8 @@ class Server(http.server.ThreadingHTTPServer):
     def refuse(self, connection: Connection, verdict: Verdict) -> None:
         """Answer the beginning of a head with a refusal."""
         status, text, connection.close = verdict
-        self.add_answer(connection, connection.received, status, text + b"\n")
+        head = connection.received.lstrip(b"\r\n")  # an empty line may precede it
+        self.add_answer(connection, head, status, text + b"\n")
 
     def add_answer(
             self, connection: Connection, head: bytes, status: int, body: Body) -> int:
@@ -1519,7 +1530,7 @@ class Server(http.server.ThreadingHTTPServer):
         if head.startswith(b"HEAD "):
             body = b""
         if connection.close:
-            # A refused client may still be sending, and a long answer takes some time.
+            # The client may still be sending: after a refusal, or during a long answer.
             connection.linger = status not in (200, 404) or len(body) > PIECE_BYTES
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, len(body))
@@ -1539,15 +1550,15 @@ class Server(http.server.ThreadingHTTPServer):
     def send(self, connection: Connection) -> bool:
         """Send what is unsent, and return whether nothing is left.
 
-        More than SENT_BYTES are left to a thread. So there is no StoredValue here, which
-        only threads make, and no Lines.
+        More than SENT_BYTES is left to a thread, and so is every Lines. A StoredValue is
+        made only by threads. So what is sent here is bytes.
         """
         unsent = connection.unsent
         try:
             if len(unsent) == 1:
                 sent = connection.socket.send(unsent[0])
             elif CAN_GATHER and sum(map(len, unsent)) <= SENT_BYTES:
-                # What is received at a time cannot ask for more parts than this allows.
+                # At most 1,024 parts are allowed. RECEIVE_BYTES hold some 300 requests.
                 sent = connection.socket.sendmsg(unsent)
             else:
                 return False
@@ -1613,9 +1624,9 @@ class Server(http.server.ThreadingHTTPServer):
         if not request.close:
             try:
                 request.socket.setblocking(False)
-                # With epoll and kqueue a thread may do this while the loop waits: it ends
-                # the wait if the client has sent something. The loop does nothing about
-                # that until it has found the connection in `returned`.
+                # A thread may do this while the loop waits. If the client has sent data,
+                # epoll and kqueue wake the loop, and other selectors notice at the next
+                # tick. The loop ignores the event until it has taken the connection back.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.close = True
@@ -1920,9 +1931,10 @@ def get_together(names: List[str], url: str, timeout: float) -> Dict[str, bytes]
     values = {}
     *lines, rest = ask(names, url, timeout).split(b"\n")
     for line in lines:
-        key, _, value = line.partition(b" ")
-        values[key.decode("latin-1")] = value
-    if rest or not values.keys() <= set(names):
+        key, space, value = line.partition(b" ")
+        if space:
+            values[key.decode("latin-1")] = value
+    if rest or len(values) < len(lines) or not values.keys() <= set(names):
         raise NotTogether(f"{url} answered with lines that were not asked for")
     return values
 
@@ -2053,7 +2065,7 @@ def read_error(error: urllib.error.HTTPError) -> bytes:
 
 
 def ask_failure(error: Exception, timeout: float) -> str:
-    """Return why a server could not be asked, and what to do."""
+    """Return why a server could not be asked."""
     reason = getattr(error, "reason", error)  # what a URLError wraps
     text = shorten(getattr(reason, "strerror", None) or str(reason).strip())
     if isinstance(reason, ConnectionRefusedError):
@@ -2135,7 +2147,7 @@ def print_all(keys: List[str], options: argparse.Namespace, output: BinaryIO) ->
             version_4_uuid(key)
             valid.append(key)
         except ValueError as error:
-            print_values(valid, options, output)
+            print_values(valid, options, output)  # its code is not above 2
             valid = []
             complain(f"{escape(key)}: {error}")
             code = 2
