@@ -1629,13 +1629,14 @@ class Limits(unittest.TestCase):
         def stick(client):
             client.send(GET_KEY)
             until(lambda: unsent_bytes(server, client)
-                  == unsent_bytes(server, client, after=0.1) > 0)
+                  == unsent_bytes(server, client, after=0.4) > 0)
 
         def linger(client):
             client.send(b"bad\r\n")
             self.assertEqual(client.answer()[0], 400)
 
-        with serving(LARGE, "--max-connections", "2") as server:
+        slow = {"STALL_SECONDS": PATIENCE, "LINGER_SECONDS": PATIENCE}
+        with serving(LARGE, "--max-connections", "2", limits=slow) as server:
             ways = (idle, trickle, stick)
             for longest, wait in itertools.product(ways + (linger,), ways):
                 until(lambda: server.threads() == 1)
