@@ -1515,7 +1515,7 @@ class Limits(unittest.TestCase):
     TAKEN = (  # limits; bytes that a client takes at once; tenths of a second in which
                # it then takes 100,000 each, before it takes the rest
         ({"ANSWER_SECONDS": 0.2, "ANSWER_BYTES_A_SECOND": 500000}, 0, 5),
-        ({"STALL_SECONDS": 0.5, "ANSWER_BYTES_A_SECOND": 100000}, 6000000, 20),
+        ({"STALL_SECONDS": 3, "ANSWER_BYTES_A_SECOND": 100000}, 6000000, 40),
     )
 
     def kept(self, limits, first, on_and_on, _, status):
