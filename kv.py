@@ -1066,7 +1066,9 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        connection.waiting_since = now
+        if connection.waiting_since == NEVER:
+            connection.waiting_since = now
+        # Else the loop has sent the answer, and has waited for the client since then.
         deadline = now + LINGER_SECONDS
         while now < deadline:
             connection.socket.settimeout(deadline - now)
