@@ -444,44 +444,42 @@ class Sorted:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
             start = max(low, guess - PAGE_BYTES // 2)
-            offset, page = self.page_with_key(start, high, wait)
-            line = page.find(b"\n" + key + b" ")
+            offset = start
+            page = self.read(offset, PAGE_BYTES, wait)
+            first = FIRST_KEY_RE.search(page)
+            while not first and offset < high:  # the page is inside a long value
+                offset, page = self.page_after(offset, page, wait)
+                first = FIRST_KEY_RE.search(page)
+                if not first and not wait:
+                    raise BlockingIOError("a long search is left to a thread")
+            # rfind is faster than find, as it looks for the newline first.
+            line = page.rfind(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
-            first = FIRST_KEY_RE.search(page)
-            last = LAST_KEY_RE.match(page)
             if not first:  # no line begins between `start` and `high`
                 high = start
-            elif key < first[1]:  # the line begins before `start`
+                continue
+            if key < first[1]:  # the line begins before `start`
                 high = start
                 high_number = key_number(first[1])
-            elif key > last[1]:  # the line begins after the last one in this page
-                low = offset + last.start(1)  # past the beginning of that one
-                low_number = key_number(last[1])
-            else:  # the line would be in this page
+                continue
+            last = LAST_KEY_RE.match(page)
+            if key < last[1]:  # the line would be in this page
                 return None
+            low = offset + last.start(1)  # past the beginning of the last line
+            low_number = key_number(last[1])
         return None
 
-    def page_with_key(self, offset: int, high: int, wait: bool) -> Tuple[int, bytes]:
-        """Return the first page from `offset` on with a whole key, and its own offset.
+    def page_after(self, offset: int, page: bytes, wait: bool) -> Tuple[int, bytes]:
+        """Return offset and bytes of the next page, for one that has no whole key.
 
-        Pages inside a long value are skipped. If no line begins before `high`, the page
-        may have no key.
+        It begins at the newline before the next line.
         """
-        page = self.read(offset, PAGE_BYTES, wait)
-        if FIRST_KEY_RE.search(page):
-            return offset, page
-        while offset < high:
-            # No line begins before `near_end`. One that begins in the KEY_BYTES + 1 bytes
-            # from there on is cut off, as a newline, a key and a space are more.
-            near_end = offset + len(page) - KEY_BYTES - 1
-            offset = self.find_newline(max(near_end, offset + 1), wait)
-            page = self.read(offset, PAGE_BYTES, wait)
-            if FIRST_KEY_RE.search(page):
-                break
-            if not wait:
-                raise BlockingIOError("a long search is left to a thread")
-        return offset, page
+        # The page has no newline before `near_end`. From there on it may have one, but no
+        # room for a key between it and the end.
+        near_end = offset + len(page) - KEY_BYTES - 1
+        offset = self.find_newline(max(near_end, offset + 1), wait)
+        return offset, self.read(offset, PAGE_BYTES, wait)
 
     def value_at(self, offset: int, page: bytes, index: int, wait: bool) -> "Body":
         """Return the value that begins at `index` of the page that begins at `offset`.
@@ -523,7 +521,8 @@ class Sorted:
             content = os.pread(self.descriptor, size, offset)
         else:
             content = self.read_from_memory(offset, size)
-        self.check()
+        if stamp(self.descriptor) != self.stamp:
+            raise FileChanged
         return content
 
     def read_from_memory(self, offset: int, size: int) -> bytes:
