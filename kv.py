@@ -116,6 +116,7 @@ MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
 MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
 KEYS_TOGETHER = 200           # asked for in one request, which fits in LINE_BYTES
 TOGETHER_BYTES = 1 << 26      # largest such answer; else each key is asked for alone
+INPUT_BYTES = 1 << 16         # bytes of keys to read at a time from standard input
 QUOTED_CHARACTERS = 200       # of what a server says, in messages
 
 
@@ -1285,10 +1286,10 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno not in OUT_OF_RESOURCES:
                 return True  # this client has gone
-            is_evicted = self.evict_longest_waiting()
-            if not is_evicted:
-                self.pause_accepting()
-            return is_evicted  # then the next try may succeed
+            if self.evict_longest_waiting():
+                return True  # the next try may succeed
+            self.pause_accepting()
+            return False
         if longest:
             self.evict(longest)
         name = "unix:"  # a client of a Unix socket has no address
@@ -1875,11 +1876,11 @@ Key = Union[str, uuid.UUID]
 
 
 class NoAnswer(OSError):
-    """A server does not answer, or not as kv does; the text says how."""
+    """A server cannot be asked, or does not answer as kv does; the text says why."""
 
 
-class NotTogether(NoAnswer):
-    """A server does not answer for several keys at once, but may for each one alone."""
+class Refused(NoAnswer):
+    """A server answers with an error, with too much, or with what was not asked for."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -1897,7 +1898,7 @@ def get(key: Key, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT) -> b
     UUID, and for a URL or a timeout that cannot be used; KeyError if the server does not
     have the key; and OSError if it does not answer, or not as kv does.
     """
-    return ask([version_4_uuid(key)], url, timeout)
+    return ask(version_4_uuid(key), url, timeout, MAX_VALUE_BYTES)
 
 
 def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
@@ -1910,40 +1911,54 @@ def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
     asked = list(dict.fromkeys(names.values()))  # each of them once
     values: Dict[str, bytes] = {}
     for start in range(0, len(asked), KEYS_TOGETHER):
-        together = asked[start:start + KEYS_TOGETHER]
-        try:
-            values.update(get_together(together, url, timeout))
-        except NotTogether:
-            for name in together:
-                values.update(get_together([name], url, timeout))
+        values.update(get_together(asked[start:start + KEYS_TOGETHER], url, timeout))
     return {key: values[name] for key, name in names.items() if name in values}
 
 
 def get_together(names: List[str], url: str, timeout: float) -> Dict[str, bytes]:
-    """Return {name: value} of those keys that the server has, with one request.
+    """Return {name: value} for those keys that the server has.
 
-    Raises NotTogether if several keys should be asked for one by one.
+    Asks for all of them with one request, and if the server refuses that, one by one.
     """
-    if len(names) == 1:
+    if len(names) > 1:
         try:
-            return {names[0]: ask(names, url, timeout)}
-        except KeyError:
-            return {}
+            body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
+            return pairs_in_answer(body, names)
+        except (KeyError, Refused):
+            pass  # so answer older versions of kv, and proxies in front of shards
     values = {}
-    *lines, rest = ask(names, url, timeout).split(b"\n")
-    for line in lines:
-        key, space, value = line.partition(b" ")
-        if space:
-            values[key.decode("latin-1")] = value
-    if rest or len(values) < len(lines) or not values.keys() <= set(names):
-        raise NotTogether(f"{url} answered with lines that were not asked for")
+    for name in names:
+        try:
+            values[name] = ask(name, url, timeout, MAX_VALUE_BYTES)
+        except KeyError:
+            pass
     return values
 
 
-def ask(names: List[str], url: str, timeout: float) -> bytes:
-    """Return the body of the answer to a request for one key, or for several together.
+def pairs_in_answer(body: bytes, names: List[str]) -> Dict[str, bytes]:
+    """Return the pairs in the answer for several keys. Raises Refused if it is not one.
+    """
+    values = {}
+    expected = set(names)
+    *lines, rest = body.split(b"\n")
+    for line in lines:
+        pair = SORTED_PAIR_RE.fullmatch(line)
+        if not pair or pair[1].decode() not in expected:
+            raise Refused("a line that was not asked for")
+        name = pair[1].decode()
+        values[name] = pair[2]
+        expected.remove(name)
+    if rest:
+        raise Refused("a line without an end")
+    return values
 
-    Raises what `get` and `get_together` raise.
+
+def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
+    """Return the body of the answer of the server at `url` to GET /path.
+
+    Raises what `get` raises: ValueError; KeyError if the answer is that the key is not
+    found; Refused for other errors, and for a body of more than `max_bytes`; NoAnswer
+    otherwise.
     """
     check_url(url)
     check_timeout(timeout)
@@ -1954,22 +1969,21 @@ def ask(names: List[str], url: str, timeout: float) -> bytes:
         proxies[urllib.parse.urlsplit(url).scheme] = proxy
         place = f"{url} through the proxy {proxy.rpartition('@')[2]}"  # no password
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), NoRedirect)
-    is_alone = len(names) == 1
-    whole_url = f"{url.rstrip('/')}/{','.join(names)}"
     try:
-        with opener.open(whole_url, timeout=timeout) as answer:
-            return read_body(answer, is_alone)
-    except NotTogether:
+        with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
+            size = body_size(answer)
+            if size > max_bytes:
+                raise Refused(f"{place} answered with {size} bytes, which is too much")
+            return read_body(answer, size)
+    except Refused:
         raise
     except urllib.error.HTTPError as error:
         body = read_error(error)
-        if is_alone and error.code == 404 and body == KEY_NOT_FOUND:
-            raise KeyError(names[0]) from None
+        if error.code == 404 and body == KEY_NOT_FOUND:
+            raise KeyError(path) from None
         line = body.decode("utf-8", "replace").partition("\n")[0]
         said = shorten(f"{error.code} {error.reason}: {line}")
-        if not is_alone and error.code in (400, 414):  # as from a kv before version 2
-            raise NotTogether(f"{place} answered {said}") from None
-        raise NoAnswer(f"{place} answered {said}") from None
+        raise Refused(f"{place} answered {said}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = ask_failure(error, timeout)
         if reason == "Connection refused" and not proxy:
@@ -2024,11 +2038,8 @@ def proxy_for(url: str) -> Optional[str]:
     return urllib.request.getproxies().get(parts.scheme)
 
 
-def read_body(answer: http.client.HTTPResponse, is_alone: bool) -> bytes:
-    """Return the body of an answer. Raises OSError if this is not an answer of kv.
-
-    If it is for several keys and large, raises NotTogether before reading it.
-    """
+def body_size(answer: http.client.HTTPResponse) -> int:
+    """Return the size of a body, in bytes. Raises OSError if the answer is not kv's."""
     if answer.status != 200:
         raise OSError(f"unexpected status {answer.status} {answer.reason}")
     if answer.getheader("Content-Encoding") or answer.getheader("Transfer-Encoding"):
@@ -2038,19 +2049,20 @@ def read_body(answer: http.client.HTTPResponse, is_alone: bool) -> bytes:
     lengths = answer.headers.get_all("Content-Length", [])
     if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
         raise OSError("missing, repeated or malformed Content-Length")
-    remaining = int(lengths[0])
-    if remaining > TOGETHER_BYTES and not is_alone:
-        raise NotTogether(f"an answer of {remaining} bytes")
-    if remaining > MAX_VALUE_BYTES:
-        raise OSError(f"a value of {remaining} bytes, which is too large")
+    return int(lengths[0])
+
+
+def read_body(answer: http.client.HTTPResponse, size: int) -> bytes:
+    """Return a body of `size` bytes. Raises OSError if it does not arrive or fit."""
     pieces = []
+    missing = size
     try:
-        while remaining:
-            piece = answer.read(min(remaining, PIECE_BYTES))
+        while missing:
+            piece = answer.read(min(missing, PIECE_BYTES))
             if not piece:
-                raise OSError(f"the answer ended {remaining} bytes early")
+                raise OSError(f"the answer ended {missing} bytes early")
             pieces.append(piece)
-            remaining -= len(piece)
+            missing -= len(piece)
         return b"".join(pieces)
     except MemoryError:
         raise OSError("the value does not fit in memory") from None
@@ -2082,11 +2094,39 @@ def ask_failure(error: Exception, timeout: float) -> str:
     return text
 
 
-def keys_to_ask(keys: List[str]) -> Iterator[List[str]]:
-    """Yield the keys in lists, with those on standard input in place of each "-".
+def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO) -> int:
+    """Print the values of keys, one per line. Returns the exit code. Raises OSError.
 
-    Raises ValueError if standard input cannot be read.
+    The output is the same as if the keys were asked for one by one.
     """
+    code = 0
+    for start in range(0, len(keys), KEYS_TOGETHER):
+        together = keys[start:start + KEYS_TOGETHER]
+        faults = {}
+        for key in together:
+            try:
+                version_4_uuid(key)
+            except ValueError as error:
+                faults[key] = error
+        valid = [key for key in together if key not in faults]
+        values = get_many(valid, options.url, options.timeout)
+        for key in together:
+            if key in values:
+                output.write(values[key] + b"\n")
+                continue
+            output.flush()  # in the order of the keys, if both are the same terminal
+            if key in faults:
+                complain(f"{escape(key)}: {faults[key]}")
+                code = 2
+            else:
+                complain(f"{escape(key)}: not found")
+                code = max(code, 1)
+        output.flush()
+    return code
+
+
+def keys_to_ask(keys: List[str]) -> Iterator[List[str]]:
+    """Yield the keys in lists, with those on standard input in place of each "-"."""
     batch: List[str] = []
     for key in keys:
         if key != "-":
@@ -2106,53 +2146,16 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     if sys.stdin is None:
         raise ValueError("standard input is closed")
     rest = b""  # the beginning of a line
-    while True:
+    news = b"\n"
+    while news:
         try:
-            news = os.read(0, 1 << 16)
+            news = os.read(0, INPUT_BYTES)
         except OSError as error:
             raise ValueError(f"standard input: {error.strerror}")
         *lines, rest = (rest + news).split(b"\n")
         if not news:
             lines.append(rest)
         yield [line.decode("utf-8", "replace").strip() for line in lines if line.strip()]
-        if not news:
-            return
-
-
-def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO) -> int:
-    """Print the values of valid keys. Returns the exit code for them. Raises OSError."""
-    code = 0
-    for start in range(0, len(keys), KEYS_TOGETHER):
-        together = keys[start:start + KEYS_TOGETHER]
-        values = get_many(together, options.url, options.timeout)
-        for key in together:
-            if key in values:
-                output.write(values[key] + b"\n")
-            else:
-                output.flush()  # in the order of the keys, if both are the same terminal
-                complain(f"{escape(key)}: not found")
-                code = 1
-        output.flush()
-    return code
-
-
-def print_all(keys: List[str], options: argparse.Namespace, output: BinaryIO) -> int:
-    """Print the values of keys. Returns the exit code for them. Raises OSError.
-
-    The output is the same as if the keys were asked for one by one.
-    """
-    code = 0
-    valid: List[str] = []
-    for key in keys:
-        try:
-            version_4_uuid(key)
-            valid.append(key)
-        except ValueError as error:
-            print_values(valid, options, output)  # its code is not above 2
-            valid = []
-            complain(f"{escape(key)}: {error}")
-            code = 2
-    return max(code, print_values(valid, options, output))
 
 
 def run_get(options: argparse.Namespace) -> int:
@@ -2164,7 +2167,7 @@ def run_get(options: argparse.Namespace) -> int:
     try:
         with open(1, "wb", closefd=False) as output:
             for keys in keys_to_ask(options.keys):
-                code = max(code, print_all(keys, options, output))
+                code = max(code, print_values(keys, options, output))
     except BrokenPipeError:  # the reader has enough, as in `kv.py get ... | head -1`
         return code
     except (NoAnswer, ValueError) as error:

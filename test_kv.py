@@ -2443,7 +2443,7 @@ class Get(Commands):
         (OK + b"Content-Length: -2\r\n\r\nab", LENGTH),
         (OK + b"Content-Length: 9\r\n\r\nshort", "cannot ask URL: the answer ended 4 bytes early"),
         (OK + b"Content-Length: 10000000000000\r\n\r\n" + b"x" * 100000,
-         "cannot ask URL: a value of 10000000000000 bytes, which is too large"),
+         "URL answered with 10000000000000 bytes, which is too much"),
         (TWO + b"Content-Encoding: gzip\r\n\r\nab", CODING),
         (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", CODING),
         (OK + b"X: y\r\n" * 200 + b"\r\n", "cannot ask URL: *"),
