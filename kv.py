@@ -4,7 +4,7 @@
     python kv.py serve example.data    answers GET /KEY with the value of KEY in that file
     python kv.py get KEY               asks such a server for the value of KEY
 
-The file reads in the order in which data flows:
+The sections follow the flow of data:
 
     Limits             every limit, with its unit
     Messages           error messages of a command, and the log of a server
@@ -14,7 +14,7 @@ The file reads in the order in which data flows:
     Requests           judge: the head of a request becomes a verdict
     Answers            answer_head: a status becomes the head of an answer
     Threads            Handler: serves a client that would make the others wait
-    The loop           Server: does everything else, for all clients
+    The loop           Server: does everything else
     serve              starts a server
     get                asks a server
     The command line
@@ -22,9 +22,9 @@ The file reads in the order in which data flows:
 A request passes through four methods of Server:
 
     receive            takes what a client has sent
-    answer_requests    cuts it into the heads of requests
-    answer             has a head judged and its key looked up
-    send               sends all answers together; what is left, a Handler sends
+    answer_requests    splits it into the heads of requests, and has each one judged
+    answer             turns a verdict into an answer: looks the key up
+    send               sends all answers together; a Handler sends what is left
 """
 import sys
 
@@ -74,8 +74,9 @@ PROGRESS_SECONDS = 1.0        # a load that takes longer shows its progress
 
 # Sorted files
 PAGE_BYTES = 4096             # bytes to read at a time in a lookup
-MARK_BYTES = 1 << 16          # distance of the marks in a file
-MARKS = 20000                 # largest number of marks; in large files they are farther
+MARK_BYTES = 1 << 16          # distance between marks in a file
+MARKS = 20000                 # largest number of marks; in a large file they are farther
+                              # apart
 
 # Requests
 RECEIVE_BYTES = 8192          # bytes to take from a connection at a time
@@ -86,28 +87,32 @@ VERDICTS = 1024               # number of verdicts that are remembered
 VERDICT_BYTES = 2000          # longest head whose verdict is remembered
 
 # Answers
-COPIED_BYTES = 1024           # longest value that is copied; others are sent in place
+JOINED_BYTES = 1024           # longest body that is joined to its head; a longer one is
+                              # sent from where it lies
 PIECE_BYTES = 1 << 15         # bytes of a long value to read at a time
-SENT_BYTES = 1 << 18          # bytes to send at a time; larger answers get a thread
+TURN_BYTES = 1 << 18          # bytes to send to one client before others have a turn;
+                              # longer answers get a thread
 # An answer must be taken within ANSWER_SECONDS + its size / ANSWER_BYTES_A_SECOND.
 ANSWER_SECONDS = 10
 ANSWER_BYTES_A_SECOND = 10000
-STALL_SECONDS = 10            # longest time in which a client takes nothing at all
+STALL_SECONDS = 10            # longest time for which a client may take nothing at all
 LINGER_SECONDS = 3            # time that a refused client has to stop sending
 
 # Connections
 MAX_CONNECTIONS = 10000       # without --max-connections
 SPARE_DESCRIPTORS = 32        # open files that are not connections
-ACCEPT_QUEUE = 1000           # connections that the system keeps until they are accepted
+ACCEPT_QUEUE = 1000           # connections that the system queues until they are accepted
 IDLE_SECONDS = 650            # between two requests; more than load balancers allow, so
                               # that they, and not kv, close an idle connection
 HEAD_SECONDS = 10             # from the first byte of a head to its last
-DRAIN_SECONDS = 4             # from a stop to the end of the last connection
+DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
+HANGUP_SECONDS = 1.0          # from the end of the terminal to its SIGHUP
 
 # The loop
-TICK_SECONDS = 0.1            # between two looks at deadlines, signals and the date
+TICK_SECONDS = 0.1            # between checks of deadlines and signals
 PATIENCE_SECONDS = 0.0001     # time to poll for more requests before going to sleep
+EVENTS_A_NEWCOMER = 16        # events to handle for each connection that is accepted
 
 # get
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
@@ -115,9 +120,9 @@ DEFAULT_TIMEOUT = 10.0        # seconds
 MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
 MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
 KEYS_TOGETHER = 200           # asked for in one request, which fits in LINE_BYTES
-TOGETHER_BYTES = 1 << 26      # largest such answer; else each key is asked for alone
+TOGETHER_BYTES = 1 << 26      # largest such answer; else keys are asked for one by one
 INPUT_BYTES = 1 << 16         # bytes of keys to read at a time from standard input
-QUOTED_CHARACTERS = 200       # of what a server says, in messages
+QUOTED_CHARACTERS = 200       # of a server's answer, in messages
 
 
 # ---------------------------------------------------------------------------
@@ -154,8 +159,8 @@ def complain(text: str) -> None:
 class Log:
     """The log of a server, on standard error. Writing to it never waits.
 
-    A line that standard error does not take immediately is lost: neither a pipe that
-    nobody reads nor a terminal stopped by Ctrl-S may hold up the server.
+    A line that cannot be written immediately is lost: neither a pipe that nobody reads
+    nor a terminal stopped by Ctrl-S may hold up the server.
     """
 
     def __init__(self, is_verbose: bool) -> None:
@@ -168,11 +173,11 @@ class Log:
             self.descriptor = self.nonblocking_descriptor()
 
     def nonblocking_descriptor(self) -> int:
-        """Return a descriptor of standard error that never blocks, if possible.
+        """Return a descriptor of standard error that never blocks, or 2 if there is none.
 
         Descriptor 2 must stay a blocking one: other programs, such as the shell, share
-        its mode. Opening the same pipe or terminal again gives a descriptor with a mode
-        of its own, at least on Linux.
+        its mode. Opening the same pipe or terminal again gives a descriptor with its own
+        mode, at least on Linux.
         """
         try:
             return os.open("/dev/stderr", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -181,17 +186,21 @@ class Log:
 
     def write(self, line: str) -> None:
         """Write a line, given without its newline. A very long one is cut."""
+        data = line.encode("utf-8", "backslashreplace")
+        self.put(data[:LOG_LINE_BYTES - 1] + b"\n")
+
+    def put(self, data: bytes) -> None:
+        """Write bytes, if that is possible immediately."""
         if not self.is_open:
             return
-        data = line.encode("utf-8", "backslashreplace")
         try:
-            if os.name == "posix":
-                _, writable, _ = select.select([], [self.descriptor], [], 0)
+            if os.name == "posix" and self.descriptor == 2:  # it may be one that blocks
+                _, writable, _ = select.select([], [2], [], 0)
                 if not writable:
                     return
-            os.write(self.descriptor, data[:LOG_LINE_BYTES - 1] + b"\n")
+            os.write(self.descriptor, data)
         except OSError:
-            pass  # the reader is gone
+            pass  # the pipe is full, or its reader is gone
 
     def __call__(self, text: str) -> None:
         """Write each line of `text`, with the time before it unless on a terminal."""
@@ -206,8 +215,8 @@ class Log:
 # ---------------------------------------------------------------------------
 # The data file
 #
-# A line is a key, one space, a value and a newline. It becomes a pair in a dict, in
-# bytes.
+# A line is a key, one space, a value and a newline. It becomes a pair of bytes objects in
+# a dict.
 
 # RFC 9562 section 5.4. Keys may be in either case in a file; in a dict they are in lower
 # case.
@@ -220,7 +229,7 @@ KEY_RE = re.compile(KEY)
 PAIR_RE = re.compile(rb"(" + KEY_IN_EITHER_CASE + rb") (.*)\n?")
 SORTED_PAIR_RE = re.compile(rb"(" + KEY + rb") (.*)\n?")
 
-# To tell what is wrong with a line
+# For explaining what is wrong with a line
 UUID_RE = re.compile(
     rb"(?i)[0-9a-f]{8}-[0-9a-f]{4}-([0-9a-f])[0-9a-f]{3}-([0-9a-f])[0-9a-f]{3}"
     rb"-[0-9a-f]{12}")
@@ -270,9 +279,11 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
 
     `name` is the name of the file in messages. Returns warnings: texts about likely
     mistakes. Raises OSError if the file cannot be read, and ValueError if it cannot be
-    served, whose text says why, with one line for each bad line.
+    served; its text says why, with one line for each bad line.
     """
-    pair_re = SORTED_PAIR_RE if isinstance(pairs, Sorted) else PAIR_RE
+    pair_re = PAIR_RE
+    if isinstance(pairs, Sorted):
+        pair_re = SORTED_PAIR_RE
     stamp_before = stamp(file.fileno())
     faults = []
     bad_count = 0
@@ -289,7 +300,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
-            if key not in pairs:
+            if key not in pairs:  # to a Sorted, a key that is out of order is in it, too
                 pairs[key] = pair[2]
                 continue
         if line == b"\n":  # an empty line is no fault
@@ -364,13 +375,17 @@ class FileChanged(Exception):
     """A sorted file was changed in place while being served."""
 
 
+class Unreadable(Exception):
+    """A part of a sorted file cannot be read; the text says why."""
+
+
 class Sorted:
     """The pairs of a file in byte order of its lower-case keys, looked up in the file
     itself.
 
     To the parser this is a dict that takes keys in ascending order only (`in`, item
-    assignment, `len`). It does not keep them, but records now and then how far the parser
-    has come: a mark. To the server it has a `get` like that of a dict.
+    assignment, `len`). It does not keep them, but occasionally records the position of
+    the parser: a mark. To the server it has a `get` like that of a dict.
 
     Lines are found by the newline before them, so here a line begins at the offset of
     that newline, and the first line at -1, as if a newline stood there.
@@ -385,14 +400,16 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # Marks, in ascending order: all key numbers up to mark_numbers[i] are before
-        # mark_offsets[i], all greater ones are not. The first and last are sentinels.
+        # Marks, in ascending order. The line of the key with the number mark_numbers[i]
+        # ends at mark_offsets[i]: this key and all lower ones are before that offset, all
+        # higher ones are not. The first and the last mark are the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
         self.bytes_since_mark = 0
         # Makes preadv read only what is in memory; 0 where the system cannot do that.
         self.nowait_flag = getattr(os, "RWF_NOWAIT", 0)
+        self.is_change_logged = False    # that the file was changed in place
 
     def __del__(self) -> None:
         # The file is closed here, and not when a reload replaces these pairs, because a
@@ -404,14 +421,14 @@ class Sorted:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
-        """Return whether `key` is out of order or a duplicate: the parser refuses both.
+        """Return whether `key` is a duplicate or out of order: the parser refuses both.
         """
         return key <= self.last_key
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
         self.last_key = key
         self.count += 1
-        self.bytes_since_mark += KEY_BYTES + len(value)
+        self.bytes_since_mark += KEY_BYTES + len(value) + 2  # a space and a newline
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             self.mark_numbers.insert(-1, key_number(key))
@@ -421,8 +438,7 @@ class Sorted:
         """Return the value of `key`, or None if there is no such key.
 
         Unless `wait` is true, raises BlockingIOError when pages have to come from the
-        disk, or when many have to be read. Raises FileChanged if the file was changed in
-        place.
+        disk, or when many have to be read. Raises FileChanged and Unreadable.
         """
         if not KEY_RE.fullmatch(key):  # callers pass paths that were not judged
             return None
@@ -433,35 +449,29 @@ class Sorted:
         low = self.mark_offsets[mark - 1]
         high = self.mark_offsets[mark]
         # If there is a line with the key, it begins in the range from `low` up to, but
-        # not including, `high`; and low_number < number <= high_number. Each page makes
-        # the range smaller: either `low` moves to the last key of the page, or `high`
-        # moves down to the offset at which the page was looked for.
-        reads = 0
+        # not including, `high`; and low_number < number <= high_number. Each probe makes
+        # the range smaller: either `low` moves up to the last key of the page that was
+        # found, or `high` moves down to `probe`.
+        probes = 0
         while low < high:
-            reads += 1
-            if reads % 4 == 0:  # halve the range, in case the keys are not random
+            probes += 1
+            if probes % 4 == 0:  # halve the range, in case the keys are not random
                 guess = (low + high) // 2
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            start = max(low, guess - PAGE_BYTES // 2)
-            offset = start
-            page = self.read(offset, PAGE_BYTES, wait)
-            first = FIRST_KEY_RE.search(page)
-            while not first and offset < high:  # the page is inside a long value
-                offset, page = self.page_after(offset, page, wait)
-                first = FIRST_KEY_RE.search(page)
-                if not first and not wait:
-                    raise BlockingIOError("a long search is left to a thread")
-            # rfind is faster than find, as it looks for the newline first.
+            probe = max(low, guess - PAGE_BYTES // 2)
+            offset, page, first = self.page_with_key(probe, high, wait)
+            # There is at most one such line. rfind is faster than find, because the rare
+            # newline is what it looks for first.
             line = page.rfind(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
-            if not first:  # no line begins between `start` and `high`
-                high = start
+            if not first:  # no line begins between `probe` and `high`
+                high = probe
                 continue
-            if key < first[1]:  # the line begins before `start`
-                high = start
+            if key < first[1]:  # the line begins before `probe`
+                high = probe
                 high_number = key_number(first[1])
                 continue
             last = LAST_KEY_RE.match(page)
@@ -471,21 +481,31 @@ class Sorted:
             low_number = key_number(last[1])
         return None
 
-    def page_after(self, offset: int, page: bytes, wait: bool) -> Tuple[int, bytes]:
-        """Return offset and bytes of the next page, for one that has no whole key.
+    def page_with_key(
+            self, offset: int, high: int, wait: bool
+    ) -> "Tuple[int, bytes, Optional[re.Match]]":
+        """Return the first page from `offset` on that has a whole key.
 
-        It begins at the newline before the next line.
+        Returns its offset, the page, and the match of FIRST_KEY_RE, which is None if no
+        line begins before `high`.
         """
-        # The page has no newline before `near_end`. From there on it may have one, but no
-        # room for a key between it and the end.
-        near_end = offset + len(page) - KEY_BYTES - 1
-        offset = self.find_newline(max(near_end, offset + 1), wait)
-        return offset, self.read(offset, PAGE_BYTES, wait)
+        page = self.read(offset, PAGE_BYTES, wait)
+        first = FIRST_KEY_RE.search(page)
+        while not first and offset < high:  # the page is inside a long value
+            # No line begins before `near_end`: its key would be in the page.
+            near_end = offset + len(page) - KEY_BYTES - 1
+            offset = self.find_newline(max(near_end, offset + 1), wait)
+            page = self.read(offset, PAGE_BYTES, wait)
+            first = FIRST_KEY_RE.search(page)
+            if not first and not wait:
+                raise BlockingIOError("a long search is left to a thread")
+        return offset, page, first
 
     def value_at(self, offset: int, page: bytes, index: int, wait: bool) -> "Body":
         """Return the value that begins at `index` of the page that begins at `offset`.
 
-        If `wait` is true, a long value is returned as a StoredValue, else all as bytes.
+        Unless `wait` is true, the loop sends it, in bytes. A thread can send a long value
+        in pieces, as a StoredValue.
         """
         start = offset + index
         end = page.find(b"\n", index)
@@ -493,7 +513,7 @@ class Sorted:
             size = end - index
         else:  # the value continues past the page
             size = self.find_newline(start, wait) - start
-        if wait and size > COPIED_BYTES:
+        if wait and size > JOINED_BYTES:
             return StoredValue(self, start, size)
         if end >= 0:
             return page[index:end]
@@ -514,16 +534,24 @@ class Sorted:
     def read(self, offset: int, size: int, wait: bool) -> bytes:
         """Return `size` bytes from `offset` on, or fewer at the end of the file.
 
-        From -1 on, returns a newline and `size` bytes. Raises what `get` raises.
+        At offset -1, returns a newline and then `size` bytes. Raises what `get` raises.
         """
         if offset < 0:
             return b"\n" + self.read(0, size, wait)
-        if wait or not self.nowait_flag:
-            content = os.pread(self.descriptor, size, offset)
-        else:
-            content = self.read_from_memory(offset, size)
-        if stamp(self.descriptor) != self.stamp:
-            raise FileChanged
+        try:
+            if wait or not self.nowait_flag:
+                content = os.pread(self.descriptor, size, offset)
+            else:
+                content = self.read_from_memory(offset, size)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise Unreadable(error.strerror)
+        self.check()
+        if len(content) < size and offset + len(content) < self.size:
+            if wait:
+                raise Unreadable(f"at most up to byte {offset + len(content)}")
+            raise BlockingIOError("only a part of it is in memory")
         return content
 
     def read_from_memory(self, offset: int, size: int) -> bytes:
@@ -536,16 +564,13 @@ class Sorted:
                 raise  # BlockingIOError, most likely
             self.nowait_flag = 0  # some file systems, such as tmpfs, cannot tell
             return os.pread(self.descriptor, size, offset)
-        expected = min(size, self.size - offset)
-        if count < expected:
-            raise BlockingIOError("only part of it is in memory")
         del content[count:]
         return bytes(content)
 
     def check(self) -> None:
         """Raise FileChanged if the file was changed in place."""
         if stamp(self.descriptor) != self.stamp:
-            raise FileChanged
+            raise FileChanged(self)
 
 
 def key_number(key: bytes) -> int:
@@ -565,7 +590,7 @@ class StoredValue:
         return self.size
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the value in pieces. Raises FileChanged."""
+        """Yield the value in pieces. Raises FileChanged and Unreadable."""
         end = self.offset + self.size
         for offset in range(self.offset, end, PIECE_BYTES):
             yield self.pairs.read(offset, min(PIECE_BYTES, end - offset), wait=True)
@@ -579,10 +604,10 @@ Body = Union[bytes, StoredValue, "Lines"]  # of an answer
 # Loading
 
 def load(path: str) -> Dict[bytes, bytes]:
-    """Return the pairs in the data file at `path`, for those who import this file.
+    """Return the pairs in the data file at `path`, for programs that import this one.
 
-    Raises OSError if the file cannot be read, ValueError if it is malformed, whose text
-    has one line for each bad line, and MemoryError if it is too large.
+    Raises OSError if the file cannot be read, MemoryError if it is too large, and
+    ValueError if it is malformed; its text has one line for each bad line.
     """
     pairs: Dict[bytes, bytes] = {}
     with open_data(path) as file:
@@ -605,11 +630,10 @@ class Data:
         self.is_checked = options.check
         self.log = log
         self.pairs: Pairs = {}
-        self.summary = ""                # "10000 pairs", as messages say it
+        self.summary = ""                # as in messages, "10000 pairs"
         self.since = ""                  # date of the last load
         self.new_pairs: Pairs = {}       # those of a load that is under way
         self.new_file: Optional[BinaryIO] = None   # the file of that load
-        self.change_reported = False     # whether the log says that the file was changed
 
     def load(self) -> Iterator[None]:
         """Load the file and swap its pairs in.
@@ -631,10 +655,9 @@ class Data:
         self.new_pairs = {}
         self.summary = summary
         self.since = email.utils.formatdate(usegmt=True)
-        self.change_reported = False
 
     def reload(self) -> Iterator[None]:
-        """Load the file again, and free what is then no longer needed.
+        """Load the file again, then free what is no longer needed.
 
         Errors are logged, and the old pairs stay.
         """
@@ -660,7 +683,7 @@ class Data:
             for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
             yield
-        if failure:  # now there is memory for it, if that is what was lacking
+        if failure:  # now there is memory to log it, if that had run out
             self.log(f"{failure}\nthe data stays as it was")
 
     def description(self, start: float) -> str:
@@ -676,12 +699,6 @@ class Data:
         count = len(self.new_pairs)
         rate = count / (time.monotonic() - start)
         return f"{percent} % read, {count} pairs, {rate:.0f} a second"
-
-    def report_change(self) -> None:
-        """Log, but only once, that the file was changed in place."""
-        if not self.change_reported:
-            self.change_reported = True
-            self.log(f"{self.name}: changed in place; send SIGHUP to reload it")
 
 
 def load_failure(error: Exception, name: str) -> str:
@@ -700,9 +717,8 @@ def load_failure(error: Exception, name: str) -> str:
 # As a client sends the same fields with each of its requests, the verdict on them is
 # remembered.
 #
-# A verdict is a tuple of three: the status of the answer; a text; and whether to close
-# the connection after the answer. The text of most verdicts is a line that says what is
-# wrong. With status 200 it is the path, or the key or keys, that the request asks for.
+# A verdict is a tuple of three: the status of the answer; if that is an error, a line of
+# text that says what is wrong, else b""; and whether to close the connection after it.
 
 Verdict = Tuple[int, bytes, bool]
 
@@ -720,12 +736,13 @@ HOST = (                                                      # RFC 3986 section
 HOST_RE = re.compile(HOST)
 ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.*)?")
 LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")  # "GET /x HT"
+BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")
 OTHER_METHODS = (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH")
 
 
 def refusal(status: int, text: str) -> Verdict:
-    """Return a verdict that refuses a malformed request. Nothing is read after it."""
-    return status, text.encode(), True
+    """Return a verdict that refuses a request, after which no other one is read."""
+    return status, f"{text}\n".encode(), True
 
 
 BARE_LINE_END = refusal(400, "bare CR or LF (RFC 9112 section 2.2)")
@@ -735,37 +752,39 @@ OTHER_VERSION = refusal(
     505, "unsupported HTTP version: use 1.1 (RFC 9112 section 2.3)")
 
 
-def judge(head: bytes) -> Verdict:
+def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    The verdict has the path without its first slash. The path itself may be anything
-    without a space: nearly all paths are keys that are found as they are, and those that
-    are not found go to `judge_path`.
+    Returns the path in it, without its first slash, and the verdict. With status 200, the
+    path may still be anything without a space. It is not judged here, because nearly all
+    paths are keys that are found as they are. If it is not found, `judge_path` judges it.
     """
-    judge_rest = judge_and_remember
-    if len(head) > VERDICT_BYTES:  # clients should not be able to fill the memory
-        judge_rest = judge_fields
+    is_long = len(head) > VERDICT_BYTES
+    if is_long:
         too_long = judge_length(head + b"\r\n\r\n")
         if too_long:
-            return too_long
+            return b"", too_long
     words = head.split(b" ", 2)
     if len(words) < 3:
-        return MALFORMED_LINE
+        return b"", MALFORMED_LINE
     method, target, rest = words
-    status, text, close = judge_rest(method, rest)
+    if is_long:  # if these were remembered, clients could fill the memory
+        verdict = judge_fields(method, rest)
+    else:
+        verdict = judge_and_remember(method, rest)
+    status = verdict[0]
     if status == 200 and target[:1] == b"/":
-        return 200, target[1:], close
-    # A malformed target is reported in preference to any other fault.
+        return target[1:], verdict
+    # judge_beginning may see the target before there are any fields. So that the answer
+    # is always the same, a malformed target comes before any other fault.
     if not TARGET_RE.fullmatch(target):
-        return MALFORMED_LINE
+        return b"", MALFORMED_LINE
     if status == 505:  # other versions of HTTP have other targets
-        return OTHER_VERSION
+        return b"", verdict
     path = path_of(method, target)
     if path is None:
-        return MALFORMED_LINE
-    if status == 200:
-        return 200, path, close
-    return status, text, close
+        return b"", MALFORMED_LINE
+    return path, verdict
 
 
 def judge_length(head: bytes) -> Optional[Verdict]:
@@ -774,9 +793,9 @@ def judge_length(head: bytes) -> Optional[Verdict]:
         return None
     line = head.partition(b"\r\n")[0]
     method = line.partition(b" ")[0]
-    if len(line) > LINE_BYTES and len(method) > METHOD_BYTES:
-        return refusal(501, "unknown method (RFC 9112 section 3)")
     if len(line) > LINE_BYTES:
+        if len(method) > METHOD_BYTES:
+            return refusal(501, "unknown method (RFC 9112 section 3)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
         return refusal(431, f"request head longer than {HEAD_BYTES} bytes")
@@ -811,7 +830,7 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     # A body is never read: the connection is closed after the answer.
     lengths = fields[b"content-length"]
     codings = fields[b"transfer-encoding"]
-    has_body = bool(codings) or bool(lengths) and lengths != [b"0"]
+    has_body = bool(codings) or lengths not in ([], [b"0"])
     if has_body and method in (b"GET", b"HEAD"):
         return refusal(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
     if lengths and codings:
@@ -826,15 +845,15 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     if fields[b"expect"] and set(expectations) != {b"100-continue"}:
         return refusal(417, "unsupported Expect header (RFC 9110 section 10.1.1)")
 
-    options = list_elements(fields[b"connection"])  # RFC 9112 section 9.3
-    close = has_body or version == b"HTTP/1.0" or b"close" in options
+    wishes = list_elements(fields[b"connection"])  # RFC 9112 section 9.3
+    must_close = has_body or version == b"HTTP/1.0" or b"close" in wishes
     if method == b"OPTIONS":
-        return 204, b"", close
+        return 204, b"", must_close
     if method in OTHER_METHODS:
-        return 405, b"method not allowed: use GET or HEAD", close
+        return 405, b"method not allowed: use GET or HEAD\n", must_close
     if method not in (b"GET", b"HEAD"):
-        return 501, b"unknown method", close
-    return 200, b"", close
+        return 501, b"unknown method\n", must_close
+    return 200, b"", must_close
 
 
 judge_and_remember = functools.lru_cache(maxsize=VERDICTS)(judge_fields)
@@ -855,9 +874,8 @@ def are_valid_codings(codings: List[bytes]) -> bool:
 
 
 def path_of(method: bytes, target: bytes) -> Optional[bytes]:
-    """Return the path in a target, without its first slash; None if it has no valid form.
-
-    RFC 9112 section 3.2 defines the four forms of a target.
+    """Return the path in a target, without its first slash; None if the target is not of
+    a valid form (RFC 9112 section 3.2).
     """
     if target.startswith(b"/"):
         return target[1:]
@@ -869,19 +887,22 @@ def path_of(method: bytes, target: bytes) -> Optional[bytes]:
     return None
 
 
-def judge_path(path: bytes) -> Verdict:
+def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
     """Judge a path that was not found in the data as it is.
 
-    With status 200, the text is the key that it stands for, the keys with commas between
-    them, or b"" for the status page.
+    Returns the keys that it stands for, of which the status page has none, and a verdict
+    if it has to be refused.
     """
     if path and not TARGET_RE.fullmatch(path):
-        return MALFORMED_LINE
+        return [], MALFORMED_LINE
     text = path.partition(b"?")[0].lower()
     text = text.replace(b"%2d", b"-")  # some clients escape hyphens, RFC 3986 6.2.2.2
-    if text and not all(KEY_RE.fullmatch(key) for key in text.split(b",")):
-        return 400, b"not a version 4 UUID", False
-    return 200, text, False
+    if not text:
+        return [], None
+    keys = text.split(b",")
+    if not all(map(KEY_RE.fullmatch, keys)):
+        return [], (400, b"not a version 4 UUID\n", False)
+    return keys, None
 
 
 def judge_beginning(beginning: bytes) -> Optional[Verdict]:
@@ -895,17 +916,16 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     if too_long:
         return too_long
     line, line_end, _ = beginning.partition(b"\r\n")
-    if not line_end and LINE_BEGINNING_RE.fullmatch(line):
-        return None
     if not line_end:
+        if LINE_BEGINNING_RE.fullmatch(line):
+            return None
         return MALFORMED_LINE
-    verdict = judge(line + b"\r\nHost: kv")  # as if the rest of the head were valid
+    path, verdict = judge(line + b"\r\nHost: kv")  # as if the fields were these
     if verdict[0] == 200:
-        verdict = judge_path(verdict[1])
-    if verdict in (MALFORMED_LINE, OTHER_VERSION):  # others wait for the whole head
+        _, verdict = judge_path(path)
+    if verdict in (MALFORMED_LINE, OTHER_VERSION):  # the others depend on the fields
         return verdict
-    text = beginning.replace(b"\r\n", b"")
-    if b"\n" in text or b"\r" in text[:-1]:  # a CR at the end may be half of a CRLF
+    if BARE_LINE_END_RE.search(beginning):
         return BARE_LINE_END
     return None
 
@@ -921,7 +941,7 @@ INTERNAL_ERROR = b"internal error; see the server's log\n"
 def answer_head(status: int, close: bool, date: str) -> bytes:
     """Return the head of an answer, with %d for the length of its body if it has one.
 
-    It changes only with the date, once a second, and so it is remembered.
+    It changes only with the date, once a second, so it is remembered.
     """
     lines = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
@@ -943,7 +963,7 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
 class Lines:
     """The answer to a request for several keys: the lines of a data file.
 
-    Like a StoredValue, it is put together only when it is sent.
+    Like a StoredValue, it is put together only while it is sent.
     """
 
     def __init__(self, pairs: "Dict[bytes, Body]") -> None:
@@ -954,18 +974,18 @@ class Lines:
         return self.size
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the lines in pieces. Raises FileChanged."""
+        """Yield the lines in pieces. Raises FileChanged and Unreadable."""
         for key, value in self.pairs.items():
             if isinstance(value, StoredValue):
                 yield key + b" "
                 yield from value.pieces()
                 yield b"\n"
-            elif len(value) <= PIECE_BYTES:
-                yield b"%b %b\n" % (key, value)
-            else:  # too long to be copied
+            elif len(value) > PIECE_BYTES:  # so long that it is not copied
                 yield key + b" "
                 yield value
                 yield b"\n"
+            else:
+                yield b"%b %b\n" % (key, value)
 
 
 # ---------------------------------------------------------------------------
@@ -978,7 +998,8 @@ class Connection:
     """What the server knows about one client."""
 
     __slots__ = (
-        "socket", "address", "received", "unsent", "close", "linger", "waiting_since")
+        "socket", "address", "received", "unsent", "must_close", "must_linger",
+        "waiting_since")
 
     def __init__(self, client_socket: socket.socket, address: str) -> None:
         self.socket = client_socket
@@ -988,16 +1009,16 @@ class Connection:
         # What the client has not taken yet: bytes, memoryview, StoredValue, Lines.
         self.unsent: list = []
         # Whether to close the connection when all is sent.
-        self.close = False
+        self.must_close = False
         # Whether to linger before that, because the client may still be sending.
-        self.linger = False
+        self.must_linger = False
         # The time.monotonic() at which the server began to wait for the client: for a
         # request, for the rest of one, or for the client to take an answer.
         self.waiting_since = NEVER
 
 
 class Handler(socketserver.BaseRequestHandler):
-    """Serves a client that would make the others wait: plain blocking code, in a thread.
+    """Serves a client that would hold up the loop: plain blocking code, in a thread.
 
     What socketserver calls a request is a Connection here. For each one that is handed
     over, ThreadingMixIn.process_request_thread makes a Handler, which calls `handle`. If
@@ -1009,14 +1030,14 @@ class Handler(socketserver.BaseRequestHandler):
         """Send what is unsent, and answer the requests that follow."""
         connection = self.request
         self.send_unsent()
-        # A turn of this loop answers as many requests as SENT_BYTES allows.
-        while not connection.close and b"\r\n\r\n" in connection.received:
+        # A turn of this loop answers as many requests as TURN_BYTES allows.
+        while not connection.must_close and b"\r\n\r\n" in connection.received:
             self.server.answer_requests(connection, self.get)
             self.send_unsent()
-        if not connection.close:
+        if not connection.must_close:  # what is left is the beginning of a head, if any
             self.server.refuse_beginning(connection)
             self.send_unsent()
-        if connection.close:  # what has taken a thread takes time, so always linger
+        if connection.must_close:  # a client has had time to send more, so always linger
             self.linger()
 
     def get(self, key: bytes) -> Optional[Body]:
@@ -1053,7 +1074,7 @@ class Handler(socketserver.BaseRequestHandler):
             if seconds <= 0:
                 raise socket.timeout("the answer was not taken in time")
             connection.socket.settimeout(seconds)
-            sent = connection.socket.send(rest[:SENT_BYTES])
+            sent = connection.socket.send(rest[:TURN_BYTES])
             rest = rest[sent:]
         connection.waiting_since = NEVER
 
@@ -1066,9 +1087,9 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
+        # If the loop has sent the answer, it has set `waiting_since` to that time.
         if connection.waiting_since == NEVER:
             connection.waiting_since = now
-        # Else the loop has sent the answer, and has waited for the client since then.
         deadline = now + LINGER_SECONDS
         while now < deadline:
             connection.socket.settimeout(deadline - now)
@@ -1085,7 +1106,7 @@ CAN_GATHER = hasattr(socket.socket, "sendmsg")  # Windows lacks it
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The loop: does everything that does not wait for a single client, for all clients.
+    """The loop: does all work that does not have to wait for one client.
 
     What may have to wait is handed over to a thread: an answer that is large or that the
     client does not take immediately, lingering, and a lookup in pages that are not in
@@ -1095,23 +1116,21 @@ class Server(http.server.ThreadingHTTPServer):
     Connections that wait for their clients are in one of two dicts, in the order in which
     they began to wait: in `idle` for their next request, in `beginnings` for the rest of
     a head. So the first one of each is the next to expire, or to be evicted.
-
-    Keep this below 30 attributes, with those that are inherited: CPython 3.11 finds the
-    attributes of larger objects more slowly, which would cost 2 % of the rate.
     """
 
     request_queue_size = ACCEPT_QUEUE
     allow_reuse_address = os.name == "posix"  # on Windows, two servers could share a port
-    allow_reuse_port = False                  # for the same reason, in newer Pythons
+    allow_reuse_port = False                  # --reuse-port does this, in all Pythons
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
-                 listener: Optional[socket.socket] = None) -> None:
+                 signals: "Signals", listener: Optional[socket.socket] = None) -> None:
         """Take the port, but do not listen yet. Raises OSError and UnicodeError.
 
         `listener` is a listening socket to use instead of a new one.
         """
         self.data = data
         self.log = log
+        self.signals = signals
         # Each connection is in one of these three, except one that was just accepted.
         self.idle: "collections.OrderedDict[Connection, None]" = collections.OrderedDict()
         self.beginnings: "collections.OrderedDict[Connection, None]" = (
@@ -1124,15 +1143,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.now = time.monotonic()          # at the beginning of this round of the loop
         self.next_tick = self.now
         self.date = ""                       # as in a Date field
-        self.found_head = b""                # head of the answer to most requests
+        self.found_head = b""                # what answer_head returns for most requests
         self.answer_count = 0
         self.was_busy = False                # whether the last round had requests
-        self.is_patient = processor_count() > 1
+        self.can_poll = processor_count() > 1    # without taking time from clients
         self.reload: Optional[Iterator[None]] = None   # one that is under way
         self.next_step = self.now            # earliest time for its next step
-        self.is_hangup_noted = False         # SIGHUP has come
-        self.is_stop_noted = False           # SIGTERM or SIGINT has come
-        self.ends_with_terminal = False      # whether a closed terminal means a stop
         self.is_stopping = False
         self.stop_deadline = NEVER           # a time.monotonic()
 
@@ -1146,7 +1162,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.address_family, _, _, _, address = found[0]
         super().__init__(address, Handler, bind_and_activate=False)
         if listener:
-            self.socket.close()
+            self.socket.close()  # which TCPServer has made
             self.socket = listener
         if isinstance(address, tuple):  # the address of a Unix socket is a path
             self.set_tcp_options()
@@ -1157,30 +1173,32 @@ class Server(http.server.ThreadingHTTPServer):
 
     def set_tcp_options(self) -> None:
         """Set options of the listening socket, which connections inherit."""
-        # No answer waits until the client has acknowledged the one before it.
+        # Without Nagle's algorithm, an answer does not wait until the client has
+        # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Little waits in the system to be sent, so that slow clients are noticed.
+        # The system keeps only this much that is not sent yet. So sending more than a
+        # slow client takes has to wait, and the deadlines of a Handler apply.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SENT_BYTES)
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, TURN_BYTES)
 
     def server_bind(self) -> None:
-        """Bind like TCPServer: HTTPServer would look up a name, which can take long."""
+        """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
 
     # The loop
 
-    def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
+    def serve_forever(self) -> None:
         """Answer requests until a signal asks for a stop and no connection is left."""
         self.socket.setblocking(False)
         self.service_actions()
         while not self.is_stopped():
             try:
-                self.run_round(poll_interval)
+                self.run_round()
             except Exception as error:  # MemoryError, for instance, can come anywhere
-                self.evict_longest_waiting()
+                self.evict_longest_waiting()  # which frees memory, should that lack
                 self.log(f"fault in the loop: {error!r}")
 
     def is_stopped(self) -> bool:
@@ -1189,9 +1207,9 @@ class Server(http.server.ThreadingHTTPServer):
             return False
         return self.connection_count() == 0 or self.now >= self.stop_deadline
 
-    def run_round(self, poll_interval: float) -> None:
-        """Wait for events, handle them, and do what else is due."""
-        events = self.wait(poll_interval)
+    def run_round(self) -> None:
+        """Wait for events, handle them, and do any other work that is due."""
+        events = self.wait()
         self.now = time.monotonic()
         if self.returned:
             self.take_back()
@@ -1201,35 +1219,39 @@ class Server(http.server.ThreadingHTTPServer):
             if connection is None:  # the listening socket
                 has_newcomer = True
                 continue
-            if connection.waiting_since == NEVER:  # a thread is about to return it
+            if connection.waiting_since == NEVER:  # returned by a thread after take_back
                 continue
             try:
                 self.receive(connection)
             except Exception:
-                self.handle_error(connection, connection.address)
                 self.close(connection)
-        if has_newcomer:  # last: this may evict a client that has an event in this round
-            self.accept()
+                self.handle_error(connection, connection.address)
+        if has_newcomer:
+            # This comes last, as it may evict a client that has an event in this round.
+            # Newcomers get a share of the time, so that nobody has to wait long.
+            for _ in range(1 + len(events) // EVENTS_A_NEWCOMER):
+                if not self.accept():
+                    break
         self.was_busy = bool(events)
         if self.now >= self.next_tick:
             self.service_actions()
         if self.reload:
             self.step_reload()
 
-    def wait(self, seconds: float) -> list:
-        """Return events of the selector; wait up to `seconds` if there are none."""
+    def wait(self) -> list:
+        """Return events of the selector; wait up to TICK_SECONDS if there are none."""
         events = self.selector.select(0)
         if events:
             return events
         if self.reload:  # there is something else to do
             return []
-        if self.was_busy and self.is_patient:
+        if self.was_busy and self.can_poll:
             # Many clients send their next request immediately, and waking a process that
             # sleeps takes longer than answering a request.
-            patience_ends = time.perf_counter() + PATIENCE_SECONDS
-            while not events and time.perf_counter() < patience_ends:
+            sleep_time = time.perf_counter() + PATIENCE_SECONDS
+            while not events and time.perf_counter() < sleep_time:
                 events = self.selector.select(0)
-        return events or self.selector.select(seconds)
+        return events or self.selector.select(TICK_SECONDS)
 
     def service_actions(self) -> None:
         """Do what is due every TICK_SECONDS, and at the start."""
@@ -1250,12 +1272,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
 
     def overdue(self, waiting: Iterable[Connection], seconds: float) -> List[Connection]:
-        """Return the first ones of `waiting`, which have waited longer than `seconds`."""
-        oldest = self.now - seconds
-        return list(itertools.takewhile(lambda c: c.waiting_since < oldest, waiting))
+        """Return those connections of `waiting` that have waited longer than `seconds`.
+        """
+        limit = self.now - seconds
+        return list(itertools.takewhile(lambda c: c.waiting_since < limit, waiting))
 
     def step_reload(self) -> None:
-        """Take a step of a reload, using at most half the time if there are requests."""
+        """Take a step of a reload, unless requests should have their turn."""
         if self.was_busy and self.now < self.next_step:
             return
         start = time.monotonic()
@@ -1269,29 +1292,27 @@ class Server(http.server.ThreadingHTTPServer):
     # Connections
 
     def accept(self) -> bool:
-        """Accept a connection, and return whether another one may wait to be accepted.
+        """Accept a connection, and return whether another one may be waiting.
 
         If there is no room for it, it replaces the one that has waited longest.
         """
-        longest = None
-        if self.connection_count() >= self.max_connections:
-            longest = self.longest_waiting()
-            if not longest:
-                self.pause_accepting()
-                return False
+        is_full = self.connection_count() >= self.max_connections
+        if is_full and not self.longest_waiting():
+            self.pause_accepting()
+            return False
         try:
             client_socket, address = self.get_request()
-        except BlockingIOError:  # none waits, or another process has accepted it
+        except BlockingIOError:  # none is waiting: another process may have accepted it
             return False
         except OSError as error:
-            if error.errno not in OUT_OF_RESOURCES:
-                return True  # this client has gone
-            if self.evict_longest_waiting():
+            if error.errno == errno.ECONNABORTED:  # this client has gone
+                return True
+            if error.errno in OUT_OF_RESOURCES and self.evict_longest_waiting():
                 return True  # the next try may succeed
             self.pause_accepting()
             return False
-        if longest:
-            self.evict(longest)
+        if is_full:
+            self.evict_longest_waiting()
         name = "unix:"  # a client of a Unix socket has no address
         if isinstance(address, tuple):
             name = address[0]
@@ -1324,25 +1345,20 @@ class Server(http.server.ThreadingHTTPServer):
             return None
         return longest
 
-    def evict(self, connection: Connection) -> None:
-        """Close a connection, or have its thread do that."""
-        if connection not in self.handed_over:
-            self.close(connection)
-            return
-        self.handed_over.discard(connection)
-        connection.waiting_since = NEVER
-        try:
-            connection.socket.shutdown(socket.SHUT_RDWR)  # its thread gets an error
-        except OSError:
-            pass  # it is closed already
-
     def evict_longest_waiting(self) -> bool:
-        """Evict the connection that has waited longest. Returns whether there was one."""
+        """Close the connection that has waited longest. Returns whether that is done."""
         longest = self.longest_waiting()
         if not longest:
             return False
-        self.evict(longest)
-        return True
+        if longest not in self.handed_over:
+            self.close(longest)
+            return True
+        self.handed_over.discard(longest)
+        try:
+            longest.socket.shutdown(socket.SHUT_RDWR)  # its thread gets an error
+        except OSError:
+            pass  # it is closed already
+        return False  # but its thread will close it soon
 
     def keep(self, connection: Connection) -> None:
         """Put a connection last among those that wait for their clients."""
@@ -1355,8 +1371,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.idle[connection] = None
 
     def forget(self, connection: Connection) -> None:
-        """Stop looking after a connection."""
-        connection.waiting_since = NEVER
+        """Stop tracking a connection."""
         self.idle.pop(connection, None)
         self.beginnings.pop(connection, None)
         self.handed_over.discard(connection)
@@ -1366,7 +1381,7 @@ class Server(http.server.ThreadingHTTPServer):
             pass  # it was already unregistered when hand_over failed
 
     def close(self, connection: Connection) -> None:
-        """Close a connection that the loop looks after."""
+        """Close a connection that the loop tracks."""
         self.forget(connection)
         connection.socket.close()
 
@@ -1375,40 +1390,39 @@ class Server(http.server.ThreadingHTTPServer):
     def receive(self, connection: Connection) -> None:
         """Take what a client has sent, and answer all complete requests in it."""
         try:
-            news = connection.socket.recv(RECEIVE_BYTES)
+            data = connection.socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return
         except OSError:  # the client has reset the connection
-            news = b""
-        if not news:
+            data = b""
+        if not data:
             self.close(connection)
             return
-        beginning = connection.received
-        connection.received = beginning + news
+        earlier = connection.received  # the beginning of a head
+        connection.received = earlier + data
         try:
             self.answer_requests(connection, self.data.pairs.get)
         except BlockingIOError:
             # A thread waits for the disk, after it has sent the answers made so far.
             self.hand_over(connection, NEVER)
             return
-        if connection.received and not connection.close:
-            # A beginning is looked at again when a line has ended or it has become long.
-            has_line_end = b"\r" in news or b"\n" in news
+        if connection.received and not connection.must_close:
+            # A beginning is judged when it is new, when a line has ended and when it has
+            # become long. To judge it after each byte would take quadratic time.
+            has_line_end = b"\r" in data or b"\n" in data
             is_long = len(connection.received) > LINE_BYTES
-            if has_line_end or is_long or not beginning:
+            if not earlier or has_line_end or is_long:
                 self.refuse_beginning(connection)
         if not connection.unsent:  # no head is complete yet
-            if connection not in self.beginnings:
+            if connection not in self.beginnings:  # HEAD_SECONDS are from its first byte
                 self.keep(connection)
             return
-        # If there are more requests than SENT_BYTES of answers, `send` leaves all of them
-        # to a thread.
         is_sent = self.send(connection)
-        if not is_sent or connection.linger:
+        if not is_sent or connection.must_linger:
             self.hand_over(connection, self.now)
-        elif connection.close:
+        elif connection.must_close:
             self.close(connection)
-        elif beginning or connection.received:
+        elif earlier or connection.received:
             self.keep(connection)
         else:  # it is in `idle` already: this does what `keep` does, but faster
             connection.waiting_since = self.now
@@ -1418,8 +1432,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Answer all complete requests in what a connection has received.
 
         `get` looks up a key like dict.get. If it raises BlockingIOError, or the answers
-        exceed SENT_BYTES, the other requests remain in `received`, as does the beginning
-        of a head. Threads call this, too.
+        exceed TURN_BYTES, the other requests remain in `received`, as does the beginning
+        of a head. Handlers call this, too.
         """
         heads = connection.received.split(b"\r\n\r\n")
         connection.received = heads.pop()
@@ -1427,9 +1441,9 @@ class Server(http.server.ThreadingHTTPServer):
         for number, head in enumerate(heads, 1):
             if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
                 head = head[2:]
-            verdict = judge(head)
+            path, verdict = judge(head)
             try:
-                status, body, close = self.answer(verdict, get)
+                status, body, must_close = self.answer(path, verdict, get)
             except BlockingIOError:
                 self.put_back(connection, heads[number - 1:])  # this one, too
                 raise
@@ -1437,16 +1451,17 @@ class Server(http.server.ThreadingHTTPServer):
                 self.report_fault(error, connection.address)
                 status = 500
                 body = INTERNAL_ERROR
-                _, _, close = verdict
-            connection.close = close
-            if self.is_stopping and number == len(heads):
-                connection.close = True
+                _, _, must_close = verdict
+            is_last = number == len(heads)
+            if self.is_stopping and is_last:
+                must_close = True
+            connection.must_close = must_close
             size += self.add_answer(connection, head, status, body)
-            if connection.close:
-                if connection.received or number < len(heads):
-                    connection.linger = True
+            if must_close:
+                if connection.received or not is_last:  # these are never answered
+                    connection.must_linger = True
                 return
-            if size > SENT_BYTES:
+            if size > TURN_BYTES:  # then `send` leaves these and the rest to a thread
                 self.put_back(connection, heads[number:])
                 return
 
@@ -1454,39 +1469,43 @@ class Server(http.server.ThreadingHTTPServer):
         """Put the heads of requests that are not answered yet back into `received`."""
         connection.received = b"\r\n\r\n".join(heads + [connection.received])
 
-    def answer(self, verdict: Verdict, get: Callable) -> Tuple[int, Body, bool]:
-        """Return status and body of the answer to a request, and whether it is the last.
+    def answer(
+            self, path: bytes, verdict: Verdict, get: Callable) -> Tuple[int, Body, bool]:
+        """Return status and body of the answer to a request, and whether to close the
+        connection after it.
         """
-        status, text, close = verdict
+        status, text, must_close = verdict
         if status != 200:
-            return status, text + b"\n", close
-        value = get(text)
+            return status, text, must_close
+        value = get(path)
         if value is not None:
-            return 200, value, close
+            return 200, value, must_close
         # The path is not, as it is, a key in the data.
-        path = text
-        status, text, must_close = judge_path(path)
-        if status != 200:
-            return status, text + b"\n", close or must_close
-        if not text:
-            return 200, self.status_page(), close
-        if b"," in text:
-            return 200, self.lines(text.split(b","), get), close
-        if text != path:
-            value = get(text)
+        keys, refused = judge_path(path)
+        if refused:
+            status, text, is_malformed = refused
+            return status, text, must_close or is_malformed
+        if not keys:
+            return 200, self.status_page(), must_close
+        if len(keys) > 1:
+            return 200, self.lines(keys, get), must_close
+        value = get(keys[0])  # it may differ from the path in case, for example
         if value is None:
-            return 404, KEY_NOT_FOUND, close
-        return 200, value, close
+            return 404, KEY_NOT_FOUND, must_close
+        return 200, value, must_close
 
     def lines(self, keys: List[bytes], get: Callable) -> Body:
         """Return the lines of those keys that are in the data, in the same order."""
+        pairs_before = self.data.pairs
         pairs = {}
         for key in keys:
             value = get(key)
             if value is not None:
                 pairs[key] = value
+        if self.data.pairs is not pairs_before:  # a reload, while a thread was here
+            return self.lines(keys, get)
         lines = Lines(pairs)
-        if len(lines) > SENT_BYTES:
+        if len(lines) > TURN_BYTES:
             return lines
         return b"".join(lines.pieces())
 
@@ -1511,9 +1530,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def refuse(self, connection: Connection, verdict: Verdict) -> None:
         """Answer the beginning of a head with a refusal."""
-        status, text, connection.close = verdict
+        status, text, connection.must_close = verdict
         head = connection.received.lstrip(b"\r\n")  # an empty line may precede it
-        self.add_answer(connection, head, status, text + b"\n")
+        self.add_answer(connection, head, status, text)
 
     def add_answer(
             self, connection: Connection, head: bytes, status: int, body: Body) -> int:
@@ -1522,21 +1541,21 @@ class Server(http.server.ThreadingHTTPServer):
         `head` is the head of its request, or the beginning of it.
         """
         self.answer_count += 1  # a count is lost if two threads do this at the same time
-        if status == 200 and not connection.close:
+        if status == 200 and not connection.must_close:
             answer = self.found_head % len(body)
-        elif status == 204:
-            answer = answer_head(status, connection.close, self.date)
-            body = b""
         else:
-            answer = answer_head(status, connection.close, self.date) % len(body)
+            answer = answer_head(status, connection.must_close, self.date)
+            if status != 204:
+                answer %= len(body)
         if head.startswith(b"HEAD "):
             body = b""
-        if connection.close:
-            # The client may still be sending: after a refusal, or during a long answer.
-            connection.linger = status not in (200, 404) or len(body) > PIECE_BYTES
+        if connection.must_close:
+            # A refused client may still be sending; others may during a long answer.
+            is_refused = status not in (200, 404)
+            connection.must_linger = is_refused or len(body) > PIECE_BYTES
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, len(body))
-        if len(body) <= COPIED_BYTES:  # StoredValue and Lines are always longer
+        if len(body) <= JOINED_BYTES:  # StoredValue and Lines are always longer
             connection.unsent.append(answer + body)
         else:
             connection.unsent += [answer, body]
@@ -1552,15 +1571,16 @@ class Server(http.server.ThreadingHTTPServer):
     def send(self, connection: Connection) -> bool:
         """Send what is unsent, and return whether nothing is left.
 
-        More than SENT_BYTES is left to a thread, and so is every Lines. A StoredValue is
-        made only by threads. So what is sent here is bytes.
+        More than TURN_BYTES is left to a thread. So what is sent here is always bytes:
+        Lines are longer than that, and a StoredValue is only made by threads.
         """
         unsent = connection.unsent
         try:
             if len(unsent) == 1:
                 sent = connection.socket.send(unsent[0])
-            elif CAN_GATHER and sum(map(len, unsent)) <= SENT_BYTES:
-                # At most 1,024 parts are allowed. RECEIVE_BYTES hold some 300 requests.
+            elif CAN_GATHER and sum(map(len, unsent)) <= TURN_BYTES:
+                # The system allows 1,024 parts. RECEIVE_BYTES hold at most some 300
+                # requests, with two parts each.
                 sent = connection.socket.sendmsg(unsent)
             else:
                 return False
@@ -1568,8 +1588,8 @@ class Server(http.server.ThreadingHTTPServer):
             return False
         except OSError:  # the client has gone, so nothing is left to do
             unsent.clear()
-            connection.close = True
-            connection.linger = False
+            connection.must_close = True
+            connection.must_linger = False
             return True
         while sent >= len(unsent[0]):
             sent -= len(unsent[0])
@@ -1584,7 +1604,7 @@ class Server(http.server.ThreadingHTTPServer):
     def hand_over(self, connection: Connection, waiting_since: float) -> None:
         """Leave a connection to a Handler, in a thread of its own.
 
-        It begins to wait for the client at `waiting_since`, which may be NEVER.
+        `waiting_since` is when the server began to wait for the client, or NEVER.
         """
         self.forget(connection)
         connection.waiting_since = waiting_since
@@ -1595,35 +1615,37 @@ class Server(http.server.ThreadingHTTPServer):
         """Start a thread, or close the connection if the system cannot start one.
 
         This avoids threading.Thread.start, which ThreadingMixIn uses: it waits until the
-        thread runs, which is forever if the thread lacks the memory for that.
+        thread runs, and it never does if it lacks the memory for that.
         """
         try:
             _thread.start_new_thread(
                 self.process_request_thread, (request, client_address))
         except (RuntimeError, MemoryError) as error:
             self.log(f"cannot start a thread for {client_address}: {error}")
-            request.close = True
+            request.must_close = True
             self.shutdown_request(request)
 
     def handle_error(self, request: Connection, client_address: str) -> None:
         """Have a connection closed because of the exception that is being handled."""
-        request.close = True
+        request.must_close = True
         error = sys.exc_info()[1]
-        if isinstance(error, OSError) and error.errno != errno.EIO:
-            return  # the client has gone, which is not a fault
-        self.report_fault(error, client_address)
+        if not isinstance(error, OSError):  # which means that the client has gone
+            self.report_fault(error, client_address)
 
     def report_fault(self, error: Exception, client_address: str) -> None:
-        """Log an exception in one line, but FileChanged only once."""
-        if isinstance(error, FileChanged):
-            self.data.report_change()
-        else:
+        """Log an exception in one line, but FileChanged only once for the same file."""
+        if not isinstance(error, FileChanged):
             self.log(f"fault in answering {client_address}: {error!r}")
+            return
+        pairs = error.args[0]
+        if not pairs.is_change_logged:
+            pairs.is_change_logged = True
+            self.log(f"{self.data.name}: changed in place; send SIGHUP to reload it")
 
     def shutdown_request(self, request: Connection) -> None:
-        """Close a connection or give it back to the loop: the last act of a thread."""
+        """Close a connection or give it back to the loop: a thread's last step."""
         request.waiting_since = NEVER
-        if not request.close:
+        if not request.must_close:
             try:
                 request.socket.setblocking(False)
                 # A thread may do this while the loop waits. If the client has sent data,
@@ -1631,8 +1653,8 @@ class Server(http.server.ThreadingHTTPServer):
                 # tick. The loop ignores the event until it has taken the connection back.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
-                request.close = True
-        if request.close:
+                request.must_close = True
+        if request.must_close:
             request.socket.close()
         self.returned.append(request)
 
@@ -1641,52 +1663,25 @@ class Server(http.server.ThreadingHTTPServer):
         while self.returned:
             connection = self.returned.popleft()
             self.handed_over.discard(connection)
-            if not connection.close:
+            if not connection.must_close:
                 self.keep(connection)
 
     # Signals
 
-    # Signal handlers only set a flag, which the next tick acts on.
-
-    def note_hangups(self) -> None:
-        """Note SIGHUP from now on.
-
-        It asks for a reload, unless it comes because the terminal was closed. Then the
-        server ends with its terminal, as programs not started by nohup do.
-        """
-        if hasattr(signal, "SIGHUP"):  # Windows lacks it
-            is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            self.ends_with_terminal = has_terminal() and not is_nohup
-            signal.signal(signal.SIGHUP, self.note_hangup)
-
-    def note_stops(self) -> None:
-        """Note SIGTERM and Ctrl-C from now on."""
-        signal.signal(signal.SIGTERM, self.note_stop)
-        signal.signal(signal.SIGINT, self.note_stop)
-
-    def note_hangup(self, *_) -> None:
-        self.is_hangup_noted = True
-
-    def note_stop(self, *_) -> None:
-        self.is_stop_noted = True
-        # The next Ctrl-C ends the server at once.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
     def act_on_signals(self) -> None:
         """Start a reload or a stop that a signal asks for."""
-        if self.is_hangup_noted and self.ends_with_terminal and not has_terminal():
-            self.is_stop_noted = True  # the signal came because the terminal was closed
-        elif self.is_hangup_noted and not self.reload:
-            self.is_hangup_noted = False
+        self.signals.look_at_terminal(self.now)
+        if self.signals.hangup and not self.reload:
+            self.signals.hangup = False
             self.reload = self.data.reload()
-        if self.is_stop_noted and not self.is_stopping:
+        if self.signals.stop and not self.is_stopping:
             self.begin_stop()
 
     def begin_stop(self) -> None:
         """Stop listening. From now on, connections are closed after their next answer."""
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
-        for _ in range(ACCEPT_QUEUE):  # those who wait to be accepted are answered, too
+        for _ in range(ACCEPT_QUEUE):  # those that are still in the queue are answered
             if not self.is_accepting or not self.accept():
                 break
         if self.is_accepting:
@@ -1694,12 +1689,61 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()
 
 
+class Signals:
+    """The signals that have come: their handlers only set a flag."""
+
+    def __init__(self) -> None:
+        self.stop = False                # SIGTERM or Ctrl-C, or the terminal is closed
+        self.hangup = False              # SIGHUP, which asks for a reload
+        self.ends_with_terminal = False
+        self.terminal_seen = 0.0         # the last time.monotonic() when it was there
+
+    def note_hangups(self) -> None:
+        """Note SIGHUP from now on.
+
+        It asks for a reload, unless it comes because the terminal was closed. Then the
+        server ends with its terminal, as programs do that nohup did not start.
+        """
+        if hasattr(signal, "SIGHUP"):  # Windows lacks it
+            is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            self.ends_with_terminal = has_terminal() and not is_nohup
+            self.terminal_seen = time.monotonic()
+            signal.signal(signal.SIGHUP, self.note_hangup)
+
+    def look_at_terminal(self, now: float) -> None:
+        """Note if the terminal was closed without SIGHUP, as a shell does for its jobs in
+        the background. A later SIGHUP then has another reason.
+        """
+        if not self.ends_with_terminal:
+            return
+        if has_terminal():
+            self.terminal_seen = now
+        elif now > self.terminal_seen + HANGUP_SECONDS:
+            self.ends_with_terminal = False
+
+    def note_stops(self) -> None:
+        """Note SIGTERM and Ctrl-C from now on."""
+        signal.signal(signal.SIGTERM, self.note_stop)
+        signal.signal(signal.SIGINT, self.note_stop)
+
+    def note_hangup(self, *_) -> None:
+        if self.ends_with_terminal and not has_terminal():
+            self.stop = True
+        else:
+            self.hangup = True
+
+    def note_stop(self, *_) -> None:
+        self.stop = True
+        # The next Ctrl-C ends the server at once.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def has_terminal() -> bool:
     """Return whether this process has a controlling terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError as error:
-        return error.errno in OUT_OF_RESOURCES  # then it cannot be known
+        return error.errno in OUT_OF_RESOURCES  # then it is unknown
     return True
 
 
@@ -1740,27 +1784,29 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
     start = time.monotonic()
     options.max_connections = allowed_connections(options.max_connections, log)
     data = Data(options, log)
+    signals = Signals()
     listener = handed_down_socket()
     # The port is taken before the data is loaded, so that a busy one is reported at once.
     try:
-        server = Server(options, data, log, listener)
+        server = Server(options, data, log, signals, listener)
     except (OSError, UnicodeError) as error:
         raise CannotServe(listen_failure(error, options))
-    server.note_hangups()
+    signals.note_hangups()  # SIGHUP would end a load
     try:
-        load_with_progress(data)
+        load_with_progress(data, log)
     except (OSError, ValueError, MemoryError) as error:
         raise CannotServe(load_failure(error, data.name))
-    server.note_stops()
+    signals.note_stops()  # until now, they have ended the load
     try:
         server.server_activate()
     except OSError as error:
         raise CannotServe(listen_failure(error, options))
     address = server.socket.getsockname()
-    place = f"unix:{address}"
-    if isinstance(address, tuple) and listener:
+    if isinstance(address, str):
+        place = f"unix:{address}"
+    elif listener:
         place = f"http://{host_and_port(*address[:2])}"
-    elif isinstance(address, tuple):  # with the host as it was given
+    else:  # with the host as it was given
         place = f"http://{host_and_port(options.host, address[1])}"
     log(f"{data.description(start)}, on {escape(place)}")
     return server
@@ -1809,8 +1855,8 @@ def allowed_files(needed: int, log: Log) -> int:
     """
     try:
         import resource
-    except ImportError:  # on Windows, which has no such limit
-        return needed
+    except ImportError:  # on Windows, where select takes no more than this
+        return min(needed, 512)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return needed
@@ -1825,14 +1871,14 @@ def allowed_files(needed: int, log: Log) -> int:
     return target
 
 
-def load_with_progress(data: Data) -> None:
-    """Load the data file in one go, and show on a terminal how far it has come.
+def load_with_progress(data: Data, log: Log) -> None:
+    """Load the data file in one go, and show progress on a terminal.
 
     Raises OSError, ValueError and MemoryError.
     """
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    can_show = is_terminal and os.name != "nt" and os.environ.get("TERM") != "dumb"
-    clear_line = "\r\x1b[K"
+    is_dumb = os.name == "nt" or os.environ.get("TERM") == "dumb"
+    can_show = log.is_terminal and not is_dumb
+    clear_line = b"\r\x1b[K"
     is_shown = False
     start = time.monotonic()
     next_shown = start + PROGRESS_SECONDS
@@ -1841,12 +1887,10 @@ def load_with_progress(data: Data) -> None:
             if can_show and time.monotonic() >= next_shown:
                 next_shown = time.monotonic() + TICK_SECONDS
                 is_shown = True
-                sys.stderr.write(clear_line + data.progress(start))
-                sys.stderr.flush()
+                log.put(clear_line + data.progress(start).encode())
     finally:
         if is_shown:
-            sys.stderr.write(clear_line)
-            sys.stderr.flush()
+            log.put(clear_line)
 
 
 def listen_failure(error: Exception, options: argparse.Namespace) -> str:
@@ -1871,15 +1915,16 @@ def host_and_port(host: str, port: int) -> str:
 # get
 
 LOOPBACK_RE = re.compile(r"localhost|127\.[0-9.]+|::1")
+REFUSED = "Connection refused"
 
 Key = Union[str, uuid.UUID]
 
 
-class NoAnswer(OSError):
-    """A server cannot be asked, or does not answer as kv does; the text says why."""
+class AskError(OSError):
+    """A server cannot be asked, or does not answer like kv; the text says why."""
 
 
-class Refused(NoAnswer):
+class BadAnswer(AskError):
     """A server answers with an error, with too much, or with what was not asked for."""
 
 
@@ -1894,18 +1939,18 @@ def get(key: Key, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT) -> b
     """Return the value of a key from the server at `url`.
 
     The key is anything that uuid.UUID accepts. The timeout, in seconds, limits each wait
-    for the server, not the whole. Raises ValueError for a key that is not a version 4
-    UUID, and for a URL or a timeout that cannot be used; KeyError if the server does not
-    have the key; and OSError if it does not answer, or not as kv does.
+    for the server, not the total time. Raises ValueError for a key that is not a version
+    4 UUID, and for a URL or a timeout that cannot be used; KeyError if the server does
+    not have the key; and OSError if it does not answer, or not like kv.
     """
     return ask(version_4_uuid(key), url, timeout, MAX_VALUE_BYTES)
 
 
 def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
              timeout: float = DEFAULT_TIMEOUT) -> Dict[Key, bytes]:
-    """Return {key as given: value} for those keys, of any number, that the server has.
+    """Return {key as given: value} for those keys that the server has.
 
-    Raises what `get` raises, except KeyError.
+    There may be any number of keys. Raises what `get` raises, except KeyError.
     """
     names = {key: version_4_uuid(key) for key in keys}
     asked = list(dict.fromkeys(names.values()))  # each of them once
@@ -1924,8 +1969,8 @@ def get_together(names: List[str], url: str, timeout: float) -> Dict[str, bytes]
         try:
             body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
             return pairs_in_answer(body, names)
-        except (KeyError, Refused):
-            pass  # so answer older versions of kv, and proxies in front of shards
+        except (KeyError, BadAnswer):
+            pass  # older versions of kv, and proxies in front of shards, answer like this
     values = {}
     for name in names:
         try:
@@ -1936,29 +1981,27 @@ def get_together(names: List[str], url: str, timeout: float) -> Dict[str, bytes]
 
 
 def pairs_in_answer(body: bytes, names: List[str]) -> Dict[str, bytes]:
-    """Return the pairs in the answer for several keys. Raises Refused if it is not one.
+    """Return {name: value} of an answer for several keys, which is a data file.
+
+    Raises BadAnswer if it is not one, or has other keys.
     """
     values = {}
-    expected = set(names)
     *lines, rest = body.split(b"\n")
     for line in lines:
-        pair = SORTED_PAIR_RE.fullmatch(line)
-        if not pair or pair[1].decode() not in expected:
-            raise Refused("a line that was not asked for")
-        name = pair[1].decode()
-        values[name] = pair[2]
-        expected.remove(name)
-    if rest:
-        raise Refused("a line without an end")
+        key, space, value = line.partition(b" ")
+        if space:
+            values[key.decode("latin-1")] = value
+    if rest or len(values) < len(lines) or not values.keys() <= set(names):
+        raise BadAnswer("lines that were not asked for")
     return values
 
 
 def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
     """Return the body of the answer of the server at `url` to GET /path.
 
-    Raises what `get` raises: ValueError; KeyError if the answer is that the key is not
-    found; Refused for other errors, and for a body of more than `max_bytes`; NoAnswer
-    otherwise.
+    Raises ValueError for a URL or a timeout that cannot be used; KeyError if the answer
+    is that the key is not found; BadAnswer if it is another error, or longer than
+    `max_bytes`; and AskError if there is none, or if it is not like kv's.
     """
     check_url(url)
     check_timeout(timeout)
@@ -1973,9 +2016,9 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
         with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
             size = body_size(answer)
             if size > max_bytes:
-                raise Refused(f"{place} answered with {size} bytes, which is too much")
+                raise BadAnswer(f"{place} answered with {size} bytes, which is too much")
             return read_body(answer, size)
-    except Refused:
+    except BadAnswer:
         raise
     except urllib.error.HTTPError as error:
         body = read_error(error)
@@ -1983,13 +2026,13 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
             raise KeyError(path) from None
         line = body.decode("utf-8", "replace").partition("\n")[0]
         said = shorten(f"{error.code} {error.reason}: {line}")
-        raise Refused(f"{place} answered {said}") from None
+        raise BadAnswer(f"{place} answered {said}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = ask_failure(error, timeout)
-        if reason == "Connection refused" and not proxy:
+        if reason == REFUSED and not proxy:
             reason += ("; start a server with `python kv.py serve FILE`, "
                        "or name another with --url")
-        raise NoAnswer(f"cannot ask {place}: {reason}") from None
+        raise AskError(f"cannot ask {place}: {reason}") from None
 
 
 def version_4_uuid(key: Key) -> str:
@@ -2053,7 +2096,9 @@ def body_size(answer: http.client.HTTPResponse) -> int:
 
 
 def read_body(answer: http.client.HTTPResponse, size: int) -> bytes:
-    """Return a body of `size` bytes. Raises OSError if it does not arrive or fit."""
+    """Return a body of `size` bytes. Raises OSError if it is cut off, or does not fit in
+    memory.
+    """
     pieces = []
     missing = size
     try:
@@ -2082,7 +2127,7 @@ def ask_failure(error: Exception, timeout: float) -> str:
     reason = getattr(error, "reason", error)  # what a URLError wraps
     text = shorten(getattr(reason, "strerror", None) or str(reason).strip())
     if isinstance(reason, ConnectionRefusedError):
-        return "Connection refused"
+        return REFUSED
     if isinstance(reason, socket.timeout):
         return f"no answer within {timeout:g} s"
     if "WRONG_VERSION_NUMBER" in str(reason) or "RECORD_LAYER" in str(reason):
@@ -2114,7 +2159,7 @@ def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO)
             if key in values:
                 output.write(values[key] + b"\n")
                 continue
-            output.flush()  # in the order of the keys, if both are the same terminal
+            output.flush()  # so that values and messages are in order on a terminal
             if key in faults:
                 complain(f"{escape(key)}: {faults[key]}")
                 code = 2
@@ -2146,14 +2191,15 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     if sys.stdin is None:
         raise ValueError("standard input is closed")
     rest = b""  # the beginning of a line
-    news = b"\n"
-    while news:
+    is_complete = False
+    while not is_complete:
         try:
-            news = os.read(0, INPUT_BYTES)
+            data = os.read(0, INPUT_BYTES)
         except OSError as error:
             raise ValueError(f"standard input: {error.strerror}")
-        *lines, rest = (rest + news).split(b"\n")
-        if not news:
+        is_complete = not data
+        *lines, rest = (rest + data).split(b"\n")
+        if is_complete:
             lines.append(rest)
         yield [line.decode("utf-8", "replace").strip() for line in lines if line.strip()]
 
@@ -2170,7 +2216,7 @@ def run_get(options: argparse.Namespace) -> int:
                 code = max(code, print_values(keys, options, output))
     except BrokenPipeError:  # the reader has enough, as in `kv.py get ... | head -1`
         return code
-    except (NoAnswer, ValueError) as error:
+    except (AskError, ValueError) as error:
         complain(str(error))
         return 2
     except OSError as error:
@@ -2186,7 +2232,7 @@ class Parser(argparse.ArgumentParser):
     """Reports wrong usage in one line."""
 
     def error(self, message: str) -> None:
-        """Print `message` and where to read more, and exit: called by argparse."""
+        """Print `message` and a pointer to the help, and exit. argparse calls this."""
         message = re.sub("^argument ", "", message)
         complain(f"{escape(message)} (see {self.prog} --help)")
         sys.exit(2)
@@ -2239,7 +2285,7 @@ def make_parser() -> Parser:
         "--verbose", action="store_true", help="Log each request on standard error.")
     command.add_argument(
         "--sorted", action="store_true",
-        help="Do not load FILE, but look keys up in it: for data larger than memory. "
+        help="Look keys up in FILE instead of loading it, for data larger than memory. "
              "FILE must be sorted with LC_ALL=C sort.")
     command.add_argument(
         "--no-check", dest="check", action="store_false",

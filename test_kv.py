@@ -1319,7 +1319,7 @@ class Loop(WithExample):
         """By Nagle's algorithm: one that goes out while another is not acknowledged."""
         options = kv.make_parser().parse_args(["serve", EXAMPLE, "--port", "0"])
         log = kv.Log(False)
-        server = kv.Server(options, kv.Data(options, log), log)
+        server = kv.Server(options, kv.Data(options, log), log, kv.Signals())
         server.server_activate()
         with server.selector, server.socket, Client(server.socket.getsockname()):
             with server.get_request()[0] as accepted:
