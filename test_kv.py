@@ -1,12 +1,12 @@
 """Tests of kv.py: they run it as a program and talk to it over real sockets.
 
     python -m unittest                  all tests, in about a minute
-    python test_kv.py bench [FILE]      the benchmark, with 1,000,000 made-up pairs without FILE
+    python test_kv.py bench [FILE]      the benchmark, without FILE with made-up pairs
 
-The classes stand in the order of kv.py. Most tests go through a table near the top of their
-class. To add a case, add a row:
+The classes stand in the order of kv.py. Most tests go through a table near the top of
+their class. To add a case, add a row:
 
-    a line that is refused, an odd value    Lines.BAD, Lines.VALUES
+    a line that is refused, an odd value    Lines.BAD_LINES, Lines.VALUES
     a file that is refused                  Lines.REFUSED
     a request and its answer                Judge.KEPT, Judge.CLOSED, Judge.AT_ONCE
     a list of keys                          SeveralKeys.LISTS
@@ -18,8 +18,8 @@ class. To add a case, add a row:
 import collections
 import concurrent.futures
 import contextlib
+import glob
 import gzip
-import http.server
 import itertools
 import math
 import os
@@ -38,6 +38,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 import uuid
 
 import kv
@@ -49,14 +50,16 @@ VALUE = b"this is a value"
 OTHER_KEY = b"f8a24bb8-eff8-41dc-929b-10b4c3e49e05"  # also in it, with the value
 OTHER_VALUE = b"1234"
 ABSENT = b"00000000-0000-4000-8000-000000000000"     # not in it
-PATIENCE = 30                                        # seconds until a test gives up waiting
+SIZE = 12000000   # bytes of the value of KEY in LARGE, which no socket takes at once
+LARGE = KEY + b" " + b"x" * SIZE + b"\n" + OTHER_KEY + b" " + OTHER_VALUE + b"\n"
+PATIENCE = 30     # seconds until a test gives up waiting
+GONE = (EOFError, ConnectionError)
 ON_POSIX = unittest.skipUnless(os.name == "posix", "needs POSIX")
 ON_LINUX = unittest.skipUnless(os.path.exists("/proc/self/status"), "needs /proc")
 ON_CPYTHON = unittest.skipUnless(
-    platform.python_implementation() == "CPython", "other Pythons manage memory differently")
+    platform.python_implementation() == "CPython", "another Python, other memory")
+NEEDS_STRACE = unittest.skipUnless(shutil.which("strace"), "needs strace")
 
-
-# What all tests use
 
 def key(number):
     """Return the version 4 UUID (bytes) with this number at its end."""
@@ -65,9 +68,9 @@ def key(number):
 
 def head(method, target, *fields, version="1.1", host="Host: kv"):
     """Return the head of a request. All parts are str or bytes; `host` may be empty."""
-    words = [method, target, "HTTP/" + version]
-    lines = [b" ".join(map(as_bytes, words))] + [as_bytes(f) for f in (host,) + fields if f]
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    line = b" ".join(map(as_bytes, (method, target, "HTTP/" + version)))
+    fields = [as_bytes(field) for field in (host,) + fields if field]
+    return b"\r\n".join([line] + fields) + b"\r\n\r\n"
 
 
 def as_bytes(text):
@@ -84,7 +87,7 @@ GET_KEY = ask_for(KEY)
 
 def command(*arguments):
     """Return the command that runs kv.py with these arguments (str or bytes)."""
-    return [sys.executable, os.path.join(HERE, "kv.py")] + list(map(os.fsdecode, arguments))
+    return [sys.executable, os.path.join(HERE, "kv.py"), *map(os.fsdecode, arguments)]
 
 
 def environment(**changed):
@@ -94,23 +97,17 @@ def environment(**changed):
     return dict(kept, **changed)
 
 
-def finished(command_line, stdin=b"", **env):
+def finished(words, stdin=b"", pass_fds=(), **env):
     """Run a command to its end; return exit code, standard output and standard error."""
-    done = subprocess.run(command_line, input=stdin, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=environment(**env), timeout=PATIENCE)
+    done = subprocess.run(
+        words, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        pass_fds=pass_fds, env=environment(**env), timeout=PATIENCE)
     return done.returncode, done.stdout, done.stderr
 
 
-def run(*arguments, stdin=b"", **env):
+def run(*arguments, stdin=b""):
     """Run kv.py to its end; return what `finished` returns."""
-    return finished(command(*arguments), stdin, **env)
-
-
-def side_by_side(work, rows):
-    """Call `work(*row)` for each row, several at a time; yield each row and its future."""
-    rows = list(rows)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        yield from zip(rows, [pool.submit(work, *row) for row in rows])
+    return finished(command(*arguments), stdin)
 
 
 @contextlib.contextmanager
@@ -118,8 +115,7 @@ def data_file(content):
     """Yield the path of a file in a folder of its own, which is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "test.data")
-        with open(path, "wb") as file:
-            file.write(content)
+        replace(path, content)
         yield path
 
 
@@ -137,32 +133,37 @@ def until(condition):
         found = condition()
         if found:
             return found
-        time.sleep(0.01)
+        time.sleep(0.005)
     raise AssertionError("waited in vain")
 
 
 def proc(pid, pattern, file="status"):
-    """Return the number that follows `pattern` in a file of /proc/PID, as "VmRSS:" (kB)."""
+    """Return the number that follows `pattern` in a file of /proc/PID."""
     with open("/proc/%d/%s" % (pid, file)) as opened:
         return int(re.search(pattern + r"\s*(\d+)", opened.read()).group(1))
 
 
 class Serving:
-    """`kv.py serve`, from when it is ready until it is stopped; `log` is its standard error.
+    """`kv.py serve` of a file, or of bytes, which are then in a file at `path`.
 
-    `limits` changes constants of kv.py by their names; `prefix` is put before the command.
+    It can be entered when it is ready, and is killed in the end; `log` is what it has
+    written to standard error. `limits` changes constants of kv.py by name.
     """
 
-    def __init__(self, *arguments, limits=None, prefix=(), command_line=None, **how):
-        if not command_line:
-            command_line = command("serve", *arguments, "--port", "0")
+    CHANGED = ("import sys; sys.path.insert(0, %r); import kv\n"
+               "vars(kv).update(%r); sys.exit(kv.main())")
+
+    def __init__(self, data=EXAMPLE, *options, limits=None, prefix=(), words=None, **how):
+        self.stack = contextlib.ExitStack()
+        self.path = data
+        if isinstance(data, bytes):
+            self.path = self.stack.enter_context(data_file(data))
+        words = words or command("serve", self.path, *options, "--port", "0")
         if limits:
-            changed = ("import sys; sys.path.insert(0, %r); import kv\n"
-                       "vars(kv).update(%r); sys.exit(kv.main())" % (HERE, limits))
-            command_line[1:2] = ["-c", changed]
+            words[1:2] = ["-c", self.CHANGED % (HERE, limits)]
         how = dict({"stdin": subprocess.DEVNULL, "env": environment()}, **how)
         self.process = subprocess.Popen(
-            list(prefix) + command_line, stderr=subprocess.PIPE, **how)
+            list(prefix) + words, stderr=subprocess.PIPE, **how)
         self.pid = self.process.pid
         self.log = b""
         self.reader = threading.Thread(target=self.read_log, daemon=True)
@@ -183,9 +184,20 @@ class Serving:
             raise
         return self
 
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.stop(signal.SIGKILL)
+        self.reader.join(PATIENCE)
+        self.process.stderr.close()
+        self.stack.close()
+        assert b"Traceback" not in self.log, self.log.decode()
+
     def lines(self):
         """Return the lines of the log without their time."""
-        return [re.sub(r"^[\dT:+-]+ ", "", line) for line in self.log.decode().splitlines()]
+        return re.sub(r"(?m)^[\dT:+-]+ ", "", self.log.decode()).splitlines()
+
+    def send_signal(self, number):
+        self.process.send_signal(number)
 
     def stop(self, how=signal.SIGTERM):
         """End the process; return its exit code. Then `log` is complete."""
@@ -194,27 +206,30 @@ class Serving:
         self.reader.join(PATIENCE)
         return code
 
-    def send_signal(self, number):
-        self.process.send_signal(number)
-
     def reload(self):
         """Send SIGHUP, and wait for what comes of it."""
         logged = len(self.log)
         self.send_signal(signal.SIGHUP)
-        until(lambda: re.search(rb" s, reloaded .*\n|stays as it was\n", self.log[logged:]))
+        told = rb" s, reloaded .*\n|stays as it was\n"
+        until(lambda: re.search(told, self.log[logged:]))
 
     def threads(self):
         return proc(self.pid, "Threads:")
 
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.stop(signal.SIGKILL)
-        self.reader.join(PATIENCE)
-        self.process.stderr.close()
-        assert b"Traceback" not in self.log, self.log.decode()
+    def memory(self):
+        """Return how much it holds, in kB."""
+        return proc(self.pid, "VmRSS:")
 
-    def connect(self, **how):
-        return Client(("127.0.0.1", self.port), **how)
+    def connect(self, receive_buffer=None):
+        """Return a new client, which is closed with the server, if not before."""
+        client = Client(("127.0.0.1", self.port), receive_buffer)
+        self.stack.callback(client.close)
+        return client
+
+    def ask(self, *arguments, **named):
+        """Ask on a connection of its own; return what Client.ask does."""
+        with contextlib.closing(Client(("127.0.0.1", self.port))) as client:
+            return client.ask(*arguments, **named)
 
 
 class Client:
@@ -222,27 +237,21 @@ class Client:
 
     def __init__(self, address, receive_buffer=None):
         self.received = b""
-        is_unix = isinstance(address, str)
-        family = socket.AF_UNIX if is_unix else socket.AF_INET
-        if ":" in address[0]:
-            family = socket.AF_INET6
+        family = socket.AF_INET
+        if isinstance(address, str):
+            family = socket.AF_UNIX
         self.socket = socket.socket(family)
+        self.close = self.socket.close
         self.socket.settimeout(PATIENCE)
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
             self.socket.connect(address)
         except BaseException:
-            self.socket.close()
+            self.close()
             raise
-        if not is_unix:
+        if family == socket.AF_INET:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.socket.close()
 
     def send(self, data):
         self.socket.sendall(data)
@@ -267,16 +276,14 @@ class Client:
         return data[:size]
 
     def answer(self, method="GET"):
-        """Return status (int), fields (lower-case str: str) and body of the next answer."""
+        """Return status (int), fields (dict, all in lower case) and body of an answer."""
         while b"\r\n\r\n" not in self.received:
             if not self.receive():
                 raise EOFError("no answer, but %r" % self.received)
         line, *lines = self.take(self.received.index(b"\r\n\r\n")).decode().split("\r\n")
         self.take(4)
-        fields = {}
-        for name, value in (line.split(": ", 1) for line in lines):
-            assert name.lower() not in fields, lines
-            fields[name.lower()] = value
+        fields = dict(line.lower().split(": ", 1) for line in lines)
+        assert len(fields) == len(lines), lines
         status = int(re.match(r"HTTP/1\.1 (\d{3}) \S", line).group(1))
         has_body = method != "HEAD" and status != 204
         return status, fields, self.take(int(fields["content-length"]) if has_body else 0)
@@ -294,8 +301,9 @@ class Client:
 
     def reset_on_close(self):
         """Close the connection as a program does that is killed: by a reset."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.close()
+        at_once = struct.pack("ii", 1, 0)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        self.close()
 
 
 def setUpModule():
@@ -303,12 +311,32 @@ def setUpModule():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class WithExample(unittest.TestCase):
+class Test(unittest.TestCase):
+    """What tests share. What a test enters is left at its end."""
+
+    def enter(self, context):
+        self.addCleanup(context.__exit__, None, None, None)
+        return context.__enter__()
+
+    def serve(self, *arguments, **how):
+        """Return a server: Serving, entered."""
+        return self.enter(Serving(*arguments, **how))
+
+    def side_by_side(self, work, rows):
+        """Call `work(*row)` for each row, several at a time."""
+        rows = list(rows)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for row, running in zip(rows, [pool.submit(work, *row) for row in rows]):
+                with self.subTest(repr(row)[:200]):
+                    running.result()
+
+
+class WithExample(Test):
     """All tests of a class that comes of this one share a server of example.data."""
 
     @classmethod
     def setUpClass(cls):
-        cls.server = Serving(EXAMPLE).__enter__()
+        cls.server = Serving().__enter__()
 
     @classmethod
     def tearDownClass(cls):
@@ -321,13 +349,7 @@ def example_pairs():
         return dict(line.rstrip(b"\n").split(b" ", 1) for line in file)
 
 
-def all_pass(test, work, rows):
-    for row, running in side_by_side(work, rows):
-        with test.subTest(row):
-            running.result()
-
-
-class Lines(unittest.TestCase):
+class Lines(Test):
     """The data file: what a line may hold, and what refuses a file."""
 
     K = key(1)
@@ -371,18 +393,16 @@ class Lines(unittest.TestCase):
         (True, key(2) + b" v\nbad\n" + K + b" w\n" + key(3) + b" x\n" + b"x" * 99,
          (2, NO_KEY), (3, UNSORTED), (5, NO_KEY)))
 
+    NO_FILE = "No such file or directory"
     COMPRESSED = "%s data; decompress it first, as in: %s FILE | python kv.py serve -"
-    REFUSED = (  # a file, and why it is refused
+    REFUSED = (  # a file (bytes) or a path, and why it is refused
         (b"", "contains no pair"), (b"\n\n\n", "contains no pair"),
         (gzip.compress(K + b" v\n"), COMPRESSED % ("gzip", "zcat")),
         (b"BZh91AY&SY" + b"\n" * 20, COMPRESSED % ("bzip2", "bzcat")),
         (b"\xfd7zXZ\0\0\4", COMPRESSED % ("xz", "xzcat")),
-        (b"\x28\xb5\x2f\xfd\x04\x58", COMPRESSED % ("zstd", "zstdcat")))
-    PATHS = (  # a path that cannot be served, its name in the message, and why
-        ("/no/such/file", "/no/such/file", "No such file or directory"),
-        (HERE, HERE, "Is a directory"), ("", "''", "No such file or directory"),
-        ("new\nline", r"new\nline", "No such file or directory"),
-        ("/dev/zero", "/dev/zero", "a device, not a file"))
+        (b"\x28\xb5\x2f\xfd\x04\x58", COMPRESSED % ("zstd", "zstdcat")),
+        ("/no/such/file", NO_FILE), ("", NO_FILE), ("new\nline", NO_FILE),
+        (HERE, "Is a directory"), ("/dev/zero", "a device, not a file"))
     CUT_OFF = "the last line has no newline; was the file cut off?"
     WINDOWS = "all values end in \\r; does the file have Windows line endings?"
     MISTAKES = (  # a file that is served (@ is a second key), what the log says of it
@@ -392,28 +412,25 @@ class Lines(unittest.TestCase):
     def test_every_value_arrives_as_it_is(self):
         pairs = {key(n): value for n, value in enumerate(self.VALUES)}
         lines = [k + b" " + v for k, v in pairs.items()]
+        out = b"".join(v + b"\n" for v in pairs.values())
 
         def arrives(content, *options):
-            with data_file(content) as path, Serving(path, *options) as server:
-                if not options:
-                    self.assertEqual(kv.load(path), pairs)
-                out = b"".join(v + b"\n" for v in pairs.values())
+            with Serving(content, *options) as server:
                 self.assertEqual(run("get", "--url", server.url, *pairs), (0, out, b""))
-                with server.connect() as client:
-                    for k, value in pairs.items():
-                        self.assertEqual(client.ask(k)[::2], (200, value))
+                client = server.connect()
+                for k, value in pairs.items():
+                    self.assertEqual(client.ask(k)[::2], (200, value))
 
-        all_pass(self, arrives, (
-            (b"\n".join(lines),), (b"\n".join(lines) + b"\n",),
+        self.side_by_side(arrives, (
             (b"\n\n" + b"\n\n".join(reversed(lines)) + b"\n\n",),
-            (b"\n".join(lines), "--sorted"), (b"\n".join(lines) + b"\n", "--sorted"),
+            (b"\n".join(lines),), (b"\n".join(lines), "--sorted"),
             (b"\n\n" + b"\n\n".join(lines) + b"\n\n", "--sorted", "--no-check")))
 
     def test_keys_in_either_case(self):
         b = key(11).replace(b"-8", b"-b")
         content = key(10).upper() + b" X\n" + b.replace(b"-b", b"-B") + b" x"
-        with data_file(content) as path:
-            self.assertEqual(kv.load(path), {key(10): b"X", b: b"x"})
+        path = self.enter(data_file(content))
+        self.assertEqual(kv.load(path), {key(10): b"X", b: b"x"})
 
     @staticmethod
     def named(content, bad):
@@ -445,45 +462,43 @@ class Lines(unittest.TestCase):
 
     def test_the_program_names_bad_lines(self):
         """Also far down, with all that follows still looked at."""
-        lines = [key(n) + b" value" for n in range(9000)]
-        lines[5000], lines[8000] = key(3) + b" other", b"bad"
-        for is_sorted, content, *bad in (
-                *(row for row in self.BAD if len(row) > 4),
-                (False, b"\n".join(lines), (5001, self.TWICE), (8001, self.NO_KEY)),
-                (True, b"\n".join(lines), (5001, self.UNSORTED), (8001, self.NO_KEY))):
-            option = ["--sorted"] * is_sorted
+        def names(is_sorted, content, *bad):
+            options = ["--sorted"] * is_sorted
             with data_file(content) as path:
-                code, out, err = run("serve", "--port", "0", path, *option)
+                code, out, err = run("serve", "--port", "0", path, *options)
             self.assertEqual((code, out), (1, b""))
             self.assertEqual(err.decode().replace(path, "F").splitlines(),
                              ["kv: " + line for line in self.named(content, bad)])
 
-    def refused(self, path, name, reason):
-        self.assertEqual(run("serve", "--port", "0", path),
-                         (1, b"", ("kv: %s: %s\n" % (name, reason)).encode()))
-
-    def test_files_that_are_refused(self):
-        def refused(content, reason):
-            with data_file(content) as path:
-                self.refused(path, path, reason)
-
-        all_pass(self, refused, self.REFUSED)
+        lines = [key(n) + b" value" for n in range(9000)]
+        lines[5000], lines[8000] = key(3) + b" other", b"bad"
+        self.side_by_side(names, (
+            *(row for row in self.BAD if len(row) > 4),
+            (False, b"\n".join(lines), (5001, self.TWICE), (8001, self.NO_KEY)),
+            (True, b"\n".join(lines), (5001, self.UNSORTED), (8001, self.NO_KEY))))
 
     @ON_POSIX
-    def test_paths_that_cannot_be_served(self):
-        all_pass(self, self.refused, self.PATHS)
+    def test_files_that_are_refused(self):
+        def refused(data, reason):
+            path = data
+            if isinstance(data, bytes):
+                path = self.enter(data_file(data))
+            shown = path.replace("\n", "\\n") or "''"
+            self.assertEqual(run("serve", "--port", "0", path),
+                             (1, b"", ("kv: %s: %s\n" % (shown, reason)).encode()))
+
+        self.side_by_side(refused, self.REFUSED)
 
     def test_what_is_probably_a_mistake_is_served_and_told(self):
         def told(content, mistake):
             content = content.replace(b"@", key(2))
-            with data_file(content) as path, Serving(path) as server:
-                self.assertEqual(server.lines()[:-1],
-                                 ["kv: %s: %s" % (path, mistake)] if mistake else [])
-                with server.connect() as client:
-                    value = re.search(b"(?m)^" + self.K + b" (.*)$", content).group(1)
-                    self.assertEqual(client.ask(self.K)[2], value)
+            with Serving(content) as server:
+                self.assertEqual(server.lines()[:-1], ["kv: %s: %s" % (
+                    server.path, mistake)] if mistake else [])
+                value = re.search(b"(?m)^" + self.K + b" (.*)$", content).group(1)
+                self.assertEqual(server.ask(self.K)[2], value)
 
-        all_pass(self, told, self.MISTAKES)
+        self.side_by_side(told, self.MISTAKES)
 
     def test_the_parser_works_in_short_steps(self):
         """However long the lines are, so that a reload holds up nobody."""
@@ -502,35 +517,34 @@ class Lines(unittest.TestCase):
                 file.write(b"\n")
 
         def noticed(change, *options):
-            with data_file(b"".join(key(n) + b" v\n" for n in range(200000))) as path:
-                serve = command("serve", "--port", "0", path, *options)
-                process = subprocess.Popen(serve, stderr=subprocess.PIPE)
+            path = self.enter(data_file(content))
+            serve = command("serve", "--port", "0", path, *options)
+            with subprocess.Popen(serve, stderr=subprocess.PIPE) as process:
                 try:
                     until(lambda: change(path) or process.poll() is not None)
                 finally:
                     process.kill()
-                    err = process.communicate()[1].decode()
-                self.assertEqual((process.returncode, err),
-                                 (1, "kv: %s: changed while it was read\n" % path))
+                said = process.stderr.read().decode()
+            self.assertEqual((process.returncode, said),
+                             (1, "kv: %s: changed while it was read\n" % path))
 
-        all_pass(self, noticed, [(grow,), (os.utime,), (os.utime, "--sorted")])
+        content = b"".join(key(n) + b" v\n" for n in range(200000))
+        self.side_by_side(noticed, [(grow,), (os.utime,), (os.utime, "--sorted")])
 
     @ON_POSIX
     def test_standard_input_and_pipes(self):
-        def served(server, name):
-            with server, server.connect() as client:
-                self.assertIn("kv: 9000 pairs of %s in " % name, server.lines()[0])
-                self.assertEqual(client.ask(key(8999))[2], b"8999")
-
         lines = b"".join(key(n) + b" %d\n" % n for n in range(9000))
-        with data_file(lines) as path, open(path, "rb") as file:
-            served(Serving("-", stdin=file), "standard input")
-            pipe = path + ".pipe"
-            os.mkfifo(pipe)
-            server = Serving(pipe)
-            self.addCleanup(server.__exit__)  # also if nobody opens the pipe
-            finished(["sh", "-c", 'exec cat "$0" > "$1"', path, pipe])
-            served(server, pipe)
+        path = self.enter(data_file(lines))
+        pipe = path + ".pipe"
+        os.mkfifo(pipe)
+        from_pipe = Serving(pipe)
+        self.addCleanup(from_pipe.__exit__)  # also if nobody opens the pipe
+        finished(["sh", "-c", 'exec cat "$0" > "$1"', path, pipe])
+        with open(path, "rb") as file:
+            from_input = self.serve("-", stdin=file)
+        for server, name in (from_input, "standard input"), (from_pipe.__enter__(), pipe):
+            self.assertIn("kv: 9000 pairs of %s in " % name, server.lines()[0])
+            self.assertEqual(server.ask(key(8999))[2], b"8999")
         self.assertEqual(run("serve", "--port", "0", "-", stdin=b"bad"), (
             1, b"", ("kv: standard input:1: %s: b'bad'\n" % self.NO_KEY).encode()))
 
@@ -550,7 +564,7 @@ class Counted(kv.Sorted):
 
 
 @unittest.skipUnless(hasattr(os, "pread"), "needs os.pread")
-class SortedFiles(unittest.TestCase):
+class SortedFiles(Test):
     """Look-ups in the file itself."""
 
     LINES = 200000
@@ -559,16 +573,6 @@ class SortedFiles(unittest.TestCase):
         ("r+b", lambda file, content: file.truncate(len(content) // 3)),
         ("wb", lambda file, content: file.write(content[:-10])),
         ("rb", lambda file, content: os.utime(file.name, (1, 1))))
-
-    @staticmethod
-    def get(pairs, k):
-        """Return a value as bytes, however long it is."""
-        value = pairs.get(k, wait=True)
-        if isinstance(value, kv.StoredValue):
-            pieces = b"".join(value.pieces())
-            assert len(pieces) == len(value), k
-            return pieces
-        return value
 
     def find_all(self, pairs, absent=(), end=b"\n", step=1, check=True):
         """Find every `step`th of `pairs` (a dict) in a file of them, none of `absent`.
@@ -584,8 +588,11 @@ class SortedFiles(unittest.TestCase):
             self.assertEqual(len(found), len(pairs) if check else 0)
             for k, value in itertools.islice(pairs.items(), 0, None, step):
                 found.reads = 0
-                self.assertEqual(self.get(found, k), value)
+                got = found.get(k, wait=True)
                 reads.append(found.reads)
+                if isinstance(got, kv.StoredValue):
+                    got = b"".join(got.pieces())
+                self.assertEqual(got, value)
             for k in absent:
                 self.assertIsNone(found.get(k, wait=True), k)
         return statistics.mean(reads), max(reads)
@@ -602,7 +609,7 @@ class SortedFiles(unittest.TestCase):
     def test_random_keys(self):
         """One read nearly always, where the file was checked; else places are guessed."""
         chance = random.Random(6)
-        pairs = {random_key(chance): b"%d" % n * (n % 9) for n in range(100000)}
+        pairs = {random_key(chance): b"%d" % n * (n % 9) for n in range(50000)}
         absent = [random_key(chance) for _ in range(9000)] + list(self.neighbours(pairs))
         for check, mean_limit in ((True, 1.1), (False, 2.2)):
             mean, most = self.find_all(pairs, absent, step=4, check=check)
@@ -635,61 +642,44 @@ class SortedFiles(unittest.TestCase):
 
     def test_keys_far_from_random(self):
         """However they crowd, reads grow with the logarithm of the size."""
-        bits, some = random.Random(9).getrandbits, range(20000)
+        bits, some = random.Random(9).getrandbits, range(10000)
         clusters = b"0000000%x-0000-4000-8000-0%011x", b"ffffffff-ffff-4fff-bfff-%x%011x"
-        for name, keys in (
-                ("alike", [key(0)[:31] + b"%05x" % bits(20) for _ in some]),
-                ("clusters", [clusters[n % 2] % (bits(4), bits(44)) for n in some]),
-                ("sequential", map(key, some)),
-                ("powers", [b"%08x" % (1 << n % 32) + key(n)[8:] for n in some])):
+        for keys in ([key(0)[:31] + b"%05x" % bits(20) for _ in some],
+                     [clusters[n % 2] % (bits(4), bits(44)) for n in some],
+                     [b"%08x" % (1 << n % 32) + key(n)[8:] for n in some]):
             pairs = dict.fromkeys(keys, b"a value")
             limit = 4 * math.log2(45 * len(pairs) / kv.PAGE_BYTES) + 4
             for check in (True, False):
-                with self.subTest(name, check=check):
-                    absent = self.neighbours(pairs)
-                    _, most = self.find_all(pairs, absent, step=9, check=check)
-                    self.assertLessEqual(most, limit)
+                absent = self.neighbours(pairs)
+                most = self.find_all(pairs, absent, step=19, check=check)[1]
+                self.assertLessEqual(most, limit)
 
     def test_unchecked(self):
         """Nothing is read before it listens, and what stands in order is found."""
         content = b"no pair\n%b one\n%b two\n%b again\n" % (key(1), key(2), key(2))
-        options = "--sorted", "--no-check"
-        with data_file(content) as path, Serving(path, *options) as server:
-            self.assertIn("kv: unchecked pairs of " + path, server.lines()[0])
-            with server.connect() as client:
-                self.assertEqual(client.ask(key(1))[2], b"one")
-                self.assertEqual(client.ask(key(3))[0], 404)
-                self.assertIn(b"unchecked pairs of test.data", client.ask(b"")[2])
-
-    @ON_POSIX
-    def test_pipes_are_refused_before_they_are_read(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "pipe")
-            os.mkfifo(path)
-            code, out, err = run("serve", "--sorted", path)
-        self.assertEqual((code, out), (2, b""))
-        self.assertRegex(err, rb"\Akv: --sorted is for files, [^\n]*\n\Z")
+        server = self.serve(content, "--sorted", "--no-check")
+        self.assertIn("kv: unchecked pairs of " + server.path, server.lines()[0])
+        self.assertEqual(server.ask(key(1))[2], b"one")
+        self.assertEqual(server.ask(key(3))[0], 404)
+        self.assertIn(b"unchecked pairs of test.data", server.ask(b"")[2])
 
     def test_long_searches_are_left_to_a_thread(self):
         """Through blank lines, and through long values of other keys."""
-        for between in (b"\n" * 100000, b"", b" " + b"x" * 100000):
+        for between in (b"\n" * 100000, b" " + b"x" * 100000):
             content = key(1) + b" one" + between + b"\n" + key(3) + b" three\n"
-            with self.subTest(between[:9]), data_file(content) as path:
-                with open(path, "rb") as file:
-                    found = kv.Sorted(file)
-                if between:
-                    self.assertRaises(BlockingIOError, found.get, key(2))
+            with data_file(content) as path, open(path, "rb") as file:
+                found = kv.Sorted(file)
+                self.assertRaises(BlockingIOError, found.get, key(2))
                 self.assertIsNone(found.get(key(2), wait=True))
                 self.assertEqual(found.get(key(3), wait=True), b"three")
 
-    @contextlib.contextmanager
     def large_file(self, folder=None):
-        """Yield a sorted file, opened, that takes some time to read from a disk."""
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.writelines(key(n) + b" %d %020d\n" % (n, 0) for n in range(self.LINES))
-            file.flush()
-            os.fsync(file.fileno())
-            yield file
+        """Return a sorted file, opened, that takes some time to read from a disk."""
+        file = self.enter(tempfile.NamedTemporaryFile(dir=folder))
+        file.writelines(key(n) + b" %d %020d\n" % (n, 0) for n in range(self.LINES))
+        file.flush()
+        os.fsync(file.fileno())
+        return file
 
     @staticmethod
     def drop_pages(file):
@@ -700,44 +690,44 @@ class SortedFiles(unittest.TestCase):
     def test_pages_that_are_not_in_memory(self):
         """Threads wait for them, and the loop answers others meanwhile."""
         def ask(first):
-            with server.connect() as client:
-                for n in range(first, self.LINES, 600):
-                    client.send(ask_for(key(n)) + ask_for(key(n + 1)))
-                    for number in (n, n + 1):
-                        self.assertEqual(client.answer()[2].split()[0], b"%d" % number)
+            client = server.connect()
+            for n in range(first, self.LINES, 600):
+                client.send(ask_for(key(n)) + ask_for(key(n + 1)))
+                for number in (n, n + 1):
+                    self.assertEqual(client.answer()[2].split()[0], b"%d" % number)
 
-        with self.large_file() as file:
-            pairs = kv.Sorted(file)
-            self.drop_pages(file)
-            with contextlib.suppress(BlockingIOError):
-                pairs.get(key(self.LINES // 2))
-                self.skipTest("this file system does not say what is in memory")
-            self.assertEqual(pairs.get(key(7), wait=True)[:2], b"7 ")
-            with Serving(file.name, "--sorted") as server, server.connect() as other:
-                with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                    clients = [pool.submit(ask, n) for n in range(0, 600, 75)]
-                    while not all(client.done() for client in clients):
-                        self.drop_pages(file)
-                        self.assertEqual(other.ask(b"")[0], 200)
-                for client in clients:
-                    client.result()
-                until(lambda: server.threads() == 1)
+        file = self.large_file()
+        pairs = kv.Sorted(file)
+        self.drop_pages(file)
+        with contextlib.suppress(BlockingIOError):
+            pairs.get(key(self.LINES // 2))
+            self.skipTest("this file system does not say what is in memory")
+        self.assertEqual(pairs.get(key(7), wait=True)[:2], b"7 ")
+        server = self.serve(file.name, "--sorted")
+        other = server.connect()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(ask, n) for n in range(0, 600, 75)]
+            while not all(client.done() for client in clients):
+                self.drop_pages(file)
+                self.assertEqual(other.ask(b"")[0], 200)
+        for client in clients:
+            client.result()
+        until(lambda: server.threads() == 1)
 
+    @unittest.skipUnless(hasattr(os, "RWF_NOWAIT"), "needs preadv with RWF_NOWAIT")
     def test_where_the_system_does_not_say_what_is_in_memory(self):
-        flag = getattr(os, "RWF_NOWAIT", None)
         for folder in filter(os.path.isdir, (tempfile.gettempdir(), "/dev/shm")):
-            with self.subTest(folder), self.large_file(folder) as file:
-                if flag and folder != "/dev/shm":
-                    del os.RWF_NOWAIT
-                try:
-                    pairs = kv.Sorted(file)
-                finally:
-                    if flag:
-                        os.RWF_NOWAIT = flag
-                if hasattr(os, "posix_fadvise"):
-                    self.drop_pages(file)
-                for n in range(0, self.LINES, 1000):
-                    self.assertEqual(pairs.get(key(n)).split()[0], b"%d" % n)
+            file = self.large_file(folder)
+            flag = os.RWF_NOWAIT
+            if folder != "/dev/shm":
+                del os.RWF_NOWAIT
+            try:
+                pairs = kv.Sorted(file)
+            finally:
+                os.RWF_NOWAIT = flag
+            self.drop_pages(file)
+            for n in range(0, self.LINES, 1000):
+                self.assertEqual(pairs.get(key(n)).split()[0], b"%d" % n)
 
     def test_a_file_that_changes_in_place(self):
         """Answers are right, or a 500, told once; after a reload, all is right again."""
@@ -745,27 +735,24 @@ class SortedFiles(unittest.TestCase):
             return b"".join(key(n) + b" %d %b\n" % (n, value) for n in range(2000))
 
         def noticed(mode, change):
-            with contextlib.ExitStack() as stack:
-                path = stack.enter_context(data_file(content(b"old")))
-                server = stack.enter_context(Serving(path, "--sorted"))
-                client = stack.enter_context(server.connect())
-                self.assertEqual(client.ask(b"")[0], 200)
-                for n in range(500):
+            with Serving(content(b"old"), "--sorted") as server:
+                client = server.connect()
+                for n in range(0, 2000, 9):
                     self.assertEqual(client.ask(key(n))[2], b"%d old" % n)
-                with open(path, mode) as file:
+                with open(server.path, mode) as file:
                     change(file, content(b"new"))
                 for asked in [key(n) for n in range(500)] + [b""]:
                     self.assertEqual(client.ask(asked)[0], 500)
                 until(lambda: len(server.lines()) > 1)
                 self.assertEqual(server.lines()[1:], [
-                    "kv: %s: changed in place; send SIGHUP to reload it" % path])
-                replace(path, content(b"new"))
+                    "kv: %s: changed in place; send SIGHUP to reload it" % server.path])
+                replace(server.path, content(b"new"))
                 server.reload()
                 for n in range(0, 2000, 100):
                     self.assertEqual(client.ask(key(n))[2], b"%d new" % n)
                 self.assertEqual(client.ask(b"")[0], 200)
 
-        all_pass(self, noticed, self.CHANGES)
+        self.side_by_side(noticed, self.CHANGES)
 
     def test_a_file_that_changes_all_the_time(self):
         """No value of another key comes, and none that is half old and half new."""
@@ -780,24 +767,22 @@ class SortedFiles(unittest.TestCase):
                         break
                     os.pwrite(file.fileno(), content, 0)
 
-        with contextlib.ExitStack() as stack:
-            path = stack.enter_context(data_file(contents[0]))
-            server = stack.enter_context(Serving(path, "--sorted"))
-            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
-            stack.callback(stop.set)
-            client = stack.enter_context(server.connect())
-            for n in range(600):
-                if n == 100:
-                    writing = pool.submit(rewrite, path)
-                try:
-                    status, _, body = client.ask(key(n % 60))
-                    self.assertTrue(status == 500 or body in values, body[:99])
-                except (EOFError, ConnectionError):  # the answer breaks off
-                    client.socket.close()
-                    client = stack.enter_context(server.connect())
-                if n % 100 == 50:
-                    server.send_signal(signal.SIGHUP)
-            stop.set()
+        server = self.serve(contents[0], "--sorted")
+        client = server.connect()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            try:
+                for n in range(600):
+                    if n == 100:
+                        writing = pool.submit(rewrite, server.path)
+                    try:
+                        status, _, body = client.ask(key(n % 60))
+                        self.assertTrue(status == 500 or body in values, body[:99])
+                    except GONE:  # the answer breaks off
+                        client = server.connect()
+                    if n % 100 == 50:
+                        server.send_signal(signal.SIGHUP)
+            finally:
+                stop.set()
             writing.result(PATIENCE)
 
 
@@ -941,12 +926,6 @@ class Judge(WithExample):
         *rows(501, "x" * (LINE_BYTES + 1)),
         *rows(431, "GET / HTTP/1.1\r\n" + "x" * kv.HEAD_BYTES))
 
-    TEXTS = (  # a request, and the body of its answer
-        (ask_for(ABSENT), b"key not found\n"), (ask_for(b"x"), b"not a version 4 UUID\n"),
-        (METHOD % b"POST", b"method not allowed: use GET or HEAD\n"),
-        (FIELD % b"Expect: x", b"unsupported Expect header (RFC 9110 section 10.1.1)\n"),
-        (head("GET", PATH, host=""), b"missing Host header (RFC 9112 section 3.2)\n"))
-
     CHANGING = re.compile(  # what differs from answer to answer: the date, the counts
         rb"(?<=Date: )[^\r]*|(?<=Content-Length: )\d+(?=\r\n\r\n10000 pairs )"
         rb"|\d+ requests answered, \d+ connections open")
@@ -957,35 +936,37 @@ class Judge(WithExample):
         Returns what is answered on each up to its end, without what is CHANGING. With a
         `pause` in seconds, the first pieces are most likely received by themselves.
         """
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(self.server.connect()) for _ in ways]
-            for client, pieces in zip(clients, ways):
-                client.send(pieces[0])
-            time.sleep(pause)
-            for client, pieces in zip(clients, ways):
-                with contextlib.suppress(ConnectionError):  # it may be closed already
-                    for piece in pieces[1:]:
-                        client.send(piece)
-                    client.socket.shutdown(socket.SHUT_WR)
-            return [self.CHANGING.sub(b"0", client.rest()) for client in clients]
+        clients = [self.server.connect() for _ in ways]
+        for client, pieces in zip(clients, ways):
+            client.send(pieces[0])
+        time.sleep(pause)
+        for client, pieces in zip(clients, ways):
+            with contextlib.suppress(ConnectionError):  # it may be closed already
+                for piece in pieces[1:]:
+                    client.send(piece)
+                client.socket.shutdown(socket.SHUT_WR)
+        answers = [self.CHANGING.sub(b"0", client.rest()) for client in clients]
+        for client in clients:
+            client.close()
+        return answers
 
     def answers(self, *pieces):
         """The same for one connection."""
         return self.all_answers([pieces])[0]
 
     def test_what_keeps_the_connection(self):
-        with self.server.connect() as client:
-            for status, request in self.KEPT:
-                with self.subTest(request[:150]):
-                    method = request.split(None, 1)[0].decode()
-                    client.send(request)
-                    got, fields, body = client.answer(method)
-                    self.assertEqual(got, status, body)
-                    self.has_right_fields(method, status, fields, body)
+        client = self.server.connect()
+        for status, request in self.KEPT:
+            with self.subTest(request[:150]):
+                method = request.split(None, 1)[0].decode()
+                client.send(request)
+                got, fields, body = client.answer(method)
+                self.assertEqual(got, status, body)
+                self.has_right_fields(method, status, fields, body)
 
     def has_right_fields(self, method, status, fields, body):
         self.assertRegex(fields.pop("date"),
-                         r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]{8} GMT$")
+                         r"^[a-z]{3}, \d\d [a-z]{3} \d{4} [\d:]{8} gmt$")
         expected = {"server": "kv/" + kv.__version__, "cache-control": "no-cache",
                     "x-content-type-options": "nosniff"}
         if status != 204:
@@ -993,7 +974,7 @@ class Judge(WithExample):
             expected.update({"content-type": "text/plain; charset=utf-8",
                              "content-length": size})
         if status in (204, 405):
-            expected["allow"] = "GET, HEAD, OPTIONS"
+            expected["allow"] = "get, head, options"
         self.assertEqual(fields, expected)
         if status >= 400:
             self.assertRegex(body, br"\A[ -;=-~]+\n\Z")  # printable, and no HTML
@@ -1014,7 +995,8 @@ class Judge(WithExample):
     def test_what_is_refused_at_once(self):
         """While the client waits for an answer and sends nothing more."""
         for status, beginning in self.AT_ONCE:
-            with self.subTest(beginning[:150]), self.server.connect() as client:
+            with self.subTest(beginning[:150]):
+                client = self.server.connect()
                 client.send(beginning)
                 if beginning.startswith(GET_KEY):
                     self.assertEqual(client.answer()[2], VALUE)
@@ -1046,14 +1028,12 @@ class Judge(WithExample):
     def test_the_same_when_a_head_comes_in_two_parts(self):
         """Cut in the middle and before the last byte, so that the server has to wait."""
         heads = [request for _, request in self.KEPT + self.CLOSED]
-        for some in (heads[n:n + 100] for n in range(0, len(heads), 100)):
+        for n in range(0, len(heads), 100):
+            some = heads[n:n + 100]
             whole = self.all_answers([[request] for request in some])
-            self.assertTrue(all(whole))
             for cuts in ([len(r) // 2 for r in some], [len(r) - 1 for r in some]):
                 ways = [[r[:cut], r[cut:]] for r, cut in zip(some, cuts)]
-                for r, one, two in zip(some, whole, self.all_answers(ways, pause=0.1)):
-                    with self.subTest(r[:150]):
-                        self.assertEqual(two, one)
+                self.assertEqual(self.all_answers(ways, pause=0.1), whole)
 
     def test_a_head_request_has_no_body(self):
         for _, request in self.KEPT + self.CLOSED:
@@ -1061,46 +1041,38 @@ class Judge(WithExample):
                 full = self.answers(request)
                 size = int(re.search(br"Content-Length: (\d+)", full).group(1))
                 if b"\r\n\r\n10000 pairs " not in full:  # whose length changes
-                    with self.subTest(request):
-                        bare = self.answers(b"HEAD" + request[3:])
-                        self.assertEqual(bare, full[:-size])
-
-    def test_texts_of_errors(self):
-        for request, text in self.TEXTS:
-            with self.subTest(request), self.server.connect() as client:
-                client.send(request)
-                self.assertEqual(client.answer()[2], text)
+                    bare = self.answers(b"HEAD" + request[3:])
+                    self.assertEqual(bare, full[:-size], request)
 
     def test_the_status_page(self):
-        with self.server.connect() as client:
-            status, fields, body = client.ask(b"")
-            bare = client.ask(b"", method="HEAD")
-            self.assertEqual((status, bare[0], set(bare[1])), (200, 200, set(fields)))
-            client.send(head("GET", b"http://" + KEY))  # the host of the target is no key
-            self.assertIn(b"pairs of example.data", client.answer()[2])
+        client = self.server.connect()
+        status, fields, body = client.ask(b"")
+        bare = client.ask(b"", method="HEAD")
+        self.assertEqual((status, bare[0], set(bare[1])), (200, 200, set(fields)))
+        client.send(head("GET", b"http://" + KEY))  # the host of the target is no key
+        self.assertIn(b"pairs of example.data", client.answer()[2])
         self.assertRegex(body, rb"\A10000 pairs of example\.data, since [^\n]* GMT\n"
                                rb"\d+ requests answered, \d+ connections open\n"
                                rb"[^\n]*/KEY[^\n]*\n\Z")
-        self.assertNotIn(HERE, body.decode())
 
     def test_the_remembered_verdict(self):
         """It is one on the fields as they are, not on others, however many there are."""
         for field, status in (("X: a", 200), ("X: a", 200), ("x: A", 200), ("X : a", 400),
                               ("X: a\r\nExpect: x", 417), ("X: a\r\nexpect: X", 417)):
             for method in ("GET", "HEAD", "GET"):
-                with self.server.connect() as client:
-                    got, _, body = client.ask(KEY, field, method=method)
-                    self.assertEqual((got, bool(body)), (status, method == "GET"))
-                    if status != 200:
-                        self.assertEqual(client.rest(), b"")
-        with self.server.connect() as client:
-            for n in [*range(0, kv.VERDICTS * 3, 50)] * 2:
-                client.send(b"".join(ask_for(KEY, "X: %d" % (n + i)) for i in range(50)))
-                for _ in range(50):
-                    self.assertEqual(client.answer()[2], VALUE)
-                self.assertEqual(client.ask(KEY, "X: %d" % n, method="POST")[0], 405)
-            self.assertEqual(client.ask(KEY, "X: 1", "Connection: close")[0], 200)
-            self.assertEqual(client.rest(), b"")
+                client = self.server.connect()
+                got, _, body = client.ask(KEY, field, method=method)
+                self.assertEqual((got, bool(body)), (status, method == "GET"))
+                if status != 200:
+                    self.assertEqual(client.rest(), b"")
+        client = self.server.connect()
+        for n in [*range(0, kv.VERDICTS * 3, 50)] * 2:
+            client.send(b"".join(ask_for(KEY, "X: %d" % (n + i)) for i in range(50)))
+            for _ in range(50):
+                self.assertEqual(client.answer()[2], VALUE)
+            self.assertEqual(client.ask(KEY, "X: %d" % n, method="POST")[0], 405)
+        self.assertEqual(client.ask(KEY, "X: 1", "Connection: close")[0], 200)
+        self.assertEqual(client.rest(), b"")
 
     def test_heads_that_take_long_to_judge(self):
         """Time grows with the bytes, not with their square: nobody else is answered."""
@@ -1122,8 +1094,7 @@ class Judge(WithExample):
             with self.subTest(start[:100]):
                 before = time.process_time()
                 for last in ("", "Host: kv\r\n", "Content-Length: 5x\r\n",
-                             "Expect: x\r\n", "Connection: close x\r\n",
-                             "Host: [" + "1:" * 40 + "\r\n"):
+                             "Expect: x\r\n", "Host: [" + "1:" * 40 + "\r\n"):
                     kv.judge((start + as_bytes(last))[:-2])
                     kv.judge_beginning(start + as_bytes(last))
                 self.assertLess(time.process_time() - before, 0.3)  # most take 0.005
@@ -1192,7 +1163,7 @@ class Judge(WithExample):
         pieces = (b"\r", b"\n", b"\r\n", b" ", b"\t", b":", b"\0", b",", b"0", b"/", b"?",
                   b"%2d", b"Host: x\r\n", b"\xff" * 9)
         seen = set()
-        for _ in range(4000):
+        for _ in range(3000):
             sent = bytearray(chance.choice(heads))
             for _ in range(chance.choice((0, 1, 1, 1, 2, 5))):
                 where = chance.randrange(len(sent))
@@ -1212,23 +1183,7 @@ class Judge(WithExample):
             self.assertEqual(statuses, expected, sent)
             seen.update(status for status, _ in statuses)
         self.assertEqual(seen, {200, 204, 400, 404, 405, 417, 501, 505})
-        with self.server.connect() as client:
-            self.assertEqual(client.ask(KEY)[2], VALUE)
         self.assertEqual(self.server.log.count(b"\n"), 1, self.server.log)
-
-
-# What the tests of many clients use
-
-SIZE = 20000000  # bytes of the value of KEY here, which no socket takes at once
-LARGE = KEY + b" " + b"x" * SIZE + b"\n" + OTHER_KEY + b" " + OTHER_VALUE + b"\n"
-
-
-@contextlib.contextmanager
-def serving(content, *arguments, **how):
-    """Yield a server of a file with this content, which is at server.path."""
-    with data_file(content) as path, Serving(path, *arguments, **how) as server:
-        server.path = path
-        yield server
 
 
 def soon(client, path=OTHER_KEY):
@@ -1271,7 +1226,7 @@ def clients_asking(address, keys=(KEY,), again=False, is_kept=True, count=8):
         wanted = itertools.islice(itertools.cycle(keys), number, None)
         fields = {}
         while not stop.is_set() and (again or not fields):
-            with Client(address) as client:
+            with contextlib.closing(Client(address)) as client:
                 for k in wanted:
                     status, fields, body = client.ask(k)
                     answers.append((k, status, body))
@@ -1292,165 +1247,161 @@ def clients_asking(address, keys=(KEY,), again=False, is_kept=True, count=8):
 class Loop(WithExample):
     """Answers to many clients at once, and what is handed to a thread and back."""
 
-    def test_all_of_the_example_over_one_connection(self):
+    def test_all_of_the_example(self):
+        """Over one connection, pipelined, and by fifty clients at once."""
         pairs = list(example_pairs().items())
-        with self.server.connect() as client:
-            for k, value in pairs:
-                self.assertEqual(client.ask(k)[::2], (200, value))
-            data = b"".join(ask_for(k) for k, _ in pairs[:500])
-            for size in (1000, len(data)):  # of the pieces in which requests come
-                for n in range(0, len(data), size):
-                    client.send(data[n:n + size])
-                for _, value in pairs[:500]:
-                    self.assertEqual(client.answer()[::2], (200, value))
+        client = self.server.connect()
+        for k, value in pairs:
+            self.assertEqual(client.ask(k)[::2], (200, value))
+        data = b"".join(ask_for(k) for k, _ in pairs[:500])
+        for size in (1000, len(data)):  # of the pieces in which requests come
+            for n in range(0, len(data), size):
+                client.send(data[n:n + size])
+            for _, value in pairs[:500]:
+                self.assertEqual(client.answer()[::2], (200, value))
+        clients = [self.server.connect() for _ in range(50)]
+        while pairs:
+            asked = [(client, *pairs.pop()) for client in clients]
+            for client, k, _ in asked:
+                client.send(ask_for(k))
+            for client, _, value in random.sample(asked, len(asked)):
+                self.assertEqual(client.answer()[::2], (200, value))
 
-    def test_fifty_clients_at_once(self):
-        pairs = list(example_pairs().items())[:5000]
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(self.server.connect()) for _ in range(50)]
-            while pairs:
-                asked = [(client, *pairs.pop()) for client in clients]
-                for client, k, _ in asked:
-                    client.send(ask_for(k))
-                for client, _, value in random.sample(asked, len(asked)):
-                    self.assertEqual(client.answer()[::2], (200, value))
-
-    def test_answers_are_not_held_back(self):
-        """By Nagle's algorithm: one that goes out while another is not acknowledged."""
+    def test_options_of_sockets(self):
+        """No answer waits for an acknowledgement; little waits in the system."""
         options = kv.make_parser().parse_args(["serve", EXAMPLE, "--port", "0"])
         log = kv.Log(False)
         server = kv.Server(options, kv.Data(options, log), log, kv.Signals())
         server.server_activate()
-        with server.selector, server.socket, Client(server.socket.getsockname()):
+        client = Client(server.socket.getsockname())
+        with server.selector, server.socket, contextlib.closing(client):
             with server.get_request()[0] as accepted:
-                nodelay = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                self.assertTrue(nodelay)
+                for name in ("TCP_NODELAY", "TCP_NOTSENT_LOWAT"):
+                    if hasattr(socket, name):
+                        option = getattr(socket, name)
+                        value = accepted.getsockopt(socket.IPPROTO_TCP, option)
+                        self.assertTrue(0 < value <= kv.TURN_BYTES, name)
 
     @ON_LINUX
     def test_clients_that_need_no_thread(self):
         """Plain requests, 2,000 idle connections, 500 heads that trickle in."""
         raise_descriptor_limit(2700)
-        with Serving(EXAMPLE) as server, contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(server.connect()) for _ in range(2500)]
-            idle, trickling = clients[:2000], clients[2000:]
-            for n in range(0, len(GET_KEY) - 1, 10):
-                for client in trickling:
-                    client.send(GET_KEY[n:-1][:10])
-                self.assertEqual(server.threads(), 1)
-                self.assertEqual(idle[n].ask(KEY)[2], VALUE)
+        server = self.serve()
+        clients = [server.connect() for _ in range(2500)]
+        idle, trickling = clients[:2000], clients[2000:]
+        for n in range(0, len(GET_KEY) - 1, 10):
             for client in trickling:
-                client.send(GET_KEY[-1:])
-                self.assertEqual(client.answer()[2], VALUE)
-            for client in idle[::100]:
-                self.assertEqual(client.ask(ABSENT)[0], 404)
+                client.send(GET_KEY[n:-1][:10])
             self.assertEqual(server.threads(), 1)
+            self.assertEqual(idle[n].ask(KEY)[2], VALUE)
+        for client in trickling:
+            client.send(GET_KEY[-1:])
+            self.assertEqual(client.answer()[2], VALUE)
+        for client in idle[::100]:
+            self.assertEqual(client.ask(ABSENT)[0], 404)
+        self.assertEqual(server.threads(), 1)
 
     @ON_LINUX
     def test_hand_over_and_back(self):
         """An answer that is not taken whole, and requests behind it, before and after."""
         behind = ask_for(OTHER_KEY) + ask_for(ABSENT) + ask_for(OTHER_KEY)
-        with serving(LARGE) as server:
-            with server.connect() as client:
-                for _ in range(3):
-                    client.send(ask_for(OTHER_KEY) + GET_KEY + behind + behind[:40])
-                    until(lambda: server.threads() == 2)
-                    self.assertEqual(client.answer()[2], OTHER_VALUE)
-                    self.assertEqual(len(client.answer()[2]), SIZE)
-                    client.send(behind[40:])
-                    statuses = [client.answer()[0] for _ in range(6)]
-                    self.assertEqual(statuses, [200, 404, 200] * 2)
-                    until(lambda: server.threads() == 1)
-                    self.assertEqual(client.ask(OTHER_KEY)[2], OTHER_VALUE)
-                client.send(GET_KEY * 5)
-                for _ in range(5):
-                    self.assertEqual(len(client.answer()[2]), SIZE)
-                client.send(GET_KEY + b"EHLO x\r\n")  # which cannot become a head
-                self.assertEqual(len(client.answer()[2]), SIZE)
-                self.assertEqual(client.answer()[0], 400)
-                self.assertEqual(client.rest(), b"")
+        server = self.serve(LARGE)
+        client = server.connect()
+        for _ in range(3):
+            client.send(ask_for(OTHER_KEY) + GET_KEY + behind + behind[:40])
+            until(lambda: server.threads() == 2)
+            self.assertEqual(client.answer()[2], OTHER_VALUE)
+            self.assertEqual(len(client.answer()[2]), SIZE)
+            client.send(behind[40:])
+            statuses = [client.answer()[0] for _ in range(6)]
+            self.assertEqual(statuses, [200, 404, 200] * 2)
             until(lambda: server.threads() == 1)
+            self.assertEqual(client.ask(OTHER_KEY)[2], OTHER_VALUE)
+        client.send(GET_KEY * 5 + b"EHLO x\r\n")  # which cannot become a head
+        for _ in range(5):
+            self.assertEqual(len(client.answer()[2]), SIZE)
+        self.assertEqual(client.answer()[0], 400)
+        self.assertEqual(client.rest(), b"")
+        client.close()
+        until(lambda: server.threads() == 1)
 
     def test_others_are_answered_meanwhile(self):
         """While a head trickles in, an answer is not taken, 100 connections linger."""
-        with serving(LARGE) as server, contextlib.ExitStack() as stack:
-            trickling, stuck, other, *bad = (
-                stack.enter_context(server.connect()) for _ in range(103))
-            trickling.send(GET_KEY[:20])
-            stuck.send(GET_KEY)
-            stuck.receive()
-            for client in bad:
-                client.send(b"bad\r\n\r\n")
-                self.assertEqual(client.answer()[0], 400)
-            for _ in range(50):
-                self.assertEqual(soon(other), OTHER_VALUE)
-            trickling.send(GET_KEY[20:])
-            self.assertEqual(len(trickling.answer()[2]), SIZE)
-            self.assertEqual(len(stuck.answer()[2]), SIZE)
+        server = self.serve(LARGE)
+        trickling, stuck, other, *bad = (server.connect() for _ in range(103))
+        trickling.send(GET_KEY[:20])
+        stuck.send(GET_KEY)
+        stuck.receive()
+        for client in bad:
+            client.send(b"bad\r\n\r\n")
+            self.assertEqual(client.answer()[0], 400)
+        for _ in range(50):
             self.assertEqual(soon(other), OTHER_VALUE)
+        trickling.send(GET_KEY[20:])
+        self.assertEqual(len(trickling.answer()[2]), SIZE)
+        self.assertEqual(len(stuck.answer()[2]), SIZE)
+        self.assertEqual(soon(other), OTHER_VALUE)
 
-    def test_the_answer_arrives_although_the_client_still_sends(self):
-        for status, request in (
-                (405, head("POST", "/", "Content-Length: 50000000")), (501, b"x" * 20000),
-                (400, ask_for(KEY, "bad")), (414, b"GET /" + b"x" * 20000)):
-            with self.subTest(status), self.server.connect() as client:
+    def test_last_answers_arrive_although_the_client_still_sends(self):
+        server = self.serve(LARGE)
+        for status, request, behind in (
+                (405, head("POST", "/", "Content-Length: 50000000"), b"x" * 200000),
+                (501, b"x" * 20000, b"x" * 200000),
+                (400, ask_for(KEY, "bad"), b"x" * 200000),
+                (414, b"GET /" + b"x" * 20000, b"x" * 200000),
+                (200, ask_for(KEY, "Connection: close"), b"\r\n"),
+                (200, ask_for(KEY, "Connection: close"), GET_KEY * 200)):
+            with self.subTest(status):
+                client = server.connect()
                 client.send(request)
-                client.send(b"x" * 200000)  # in flight while the answer comes
+                client.receive()  # the answer is on its way
+                client.send(behind)
                 answered, fields, _ = client.answer()
                 self.assertEqual((answered, fields["connection"]), (status, "close"))
                 self.assertEqual(client.rest(), b"")  # the end, and no reset
 
-    def test_a_large_last_answer_arrives_whatever_is_sent_behind_its_request(self):
-        with serving(LARGE) as server:
-            for behind in (b"\r\n", GET_KEY * 200):
-                with self.subTest(behind[:9]), server.connect() as client:
-                    client.send(ask_for(KEY, "Connection: close"))
-                    client.receive()  # it is on its way
-                    client.send(behind)
-                    self.assertEqual(len(client.answer()[2]), SIZE)
-                    self.assertEqual(client.rest(), b"")
-
     def test_clients_that_vanish(self):
         """Before they ask, while they ask, while they are answered."""
-        with serving(LARGE) as server:
-            for request in b"", b"GET", ask_for(ABSENT), ask_for(KEY, "bad"), GET_KEY:
-                for _ in range(20):
-                    client = server.connect()
-                    client.send(request)
-                    if request == GET_KEY:
-                        client.receive()
-                    client.reset_on_close()
-            with server.connect() as client:
-                self.assertEqual(soon(client), OTHER_VALUE)
-            self.assertEqual(len(server.lines()), 1, server.log)
+        server = self.serve(LARGE)
+        for request in b"", b"GET", ask_for(ABSENT), ask_for(KEY, "bad"), GET_KEY:
+            for _ in range(20):
+                client = server.connect()
+                client.send(request)
+                if request == GET_KEY:
+                    client.receive()
+                client.reset_on_close()
+        self.assertEqual(soon(server.connect()), OTHER_VALUE)
+        self.assertEqual(len(server.lines()), 1, server.log)
 
     def test_a_fault_is_a_line_and_a_500(self):
-        with Serving(EXAMPLE, limits={"judge_path": None}) as server:  # no function
-            with server.connect() as client:
-                for number in (1, 2):
-                    status, _, body = client.ask(ABSENT)
-                    self.assertEqual((status, body), (500, kv.INTERNAL_ERROR))
-                    self.assertEqual(client.ask(KEY)[2], VALUE)
-                    until(lambda: len(server.lines()) > number)
-                    self.assertRegex(server.lines()[number],
-                                     r"^kv: fault in answering 127\.0\.0\.1: TypeError\(")
+        server = self.serve(limits={"judge_path": None})  # no function
+        client = server.connect()
+        for number in (1, 2):
+            status, _, body = client.ask(ABSENT)
+            self.assertEqual((status, body), (500, kv.INTERNAL_ERROR))
+            self.assertEqual(client.ask(KEY)[2], VALUE)
+            until(lambda: len(server.lines()) > number)
+            self.assertRegex(server.lines()[number],
+                             r"^kv: fault in answering 127\.0\.0\.1: TypeError\(")
 
     @ON_LINUX
     @ON_CPYTHON
     def test_too_few_threads(self):
         """A client that would need one is closed, all others go on."""
-        with serving(LARGE) as server, server.connect() as other:
+        server = self.serve(LARGE)
+        other = server.connect()
+        self.assertEqual(soon(other), OTHER_VALUE)
+        limit_memory(server.pid, 1000)  # kB: too little for the stack of a thread
+        for number in range(1, 6):
+            client = server.connect(receive_buffer=4096)
+            client.send(GET_KEY)
+            until(lambda: len(server.lines()) > number)
+            self.assertRegex(server.lines()[number],
+                             r"^kv: cannot start a thread for 127\.0\.0\.1: ")
+            self.assertLess(len(client.rest()), SIZE)
             self.assertEqual(soon(other), OTHER_VALUE)
-            limit_memory(server.pid, 1000)  # kB: too little for the stack of a thread
-            for number in range(1, 6):
-                with server.connect(receive_buffer=4096) as client:
-                    client.send(GET_KEY)
-                    until(lambda: len(server.lines()) > number)
-                    self.assertRegex(server.lines()[number],
-                                     r"^kv: cannot start a thread for 127\.0\.0\.1: ")
-                    self.assertLess(len(client.rest()), SIZE)
-                self.assertEqual(soon(other), OTHER_VALUE)
-            limit_memory(server.pid, None)
-            self.assertEqual(len(other.ask(KEY)[2]), SIZE)
+        limit_memory(server.pid, None)
+        self.assertEqual(len(other.ask(KEY)[2]), SIZE)
 
     def test_without_what_windows_lacks(self):
         lacking = ("import os, signal, socket, sys; sys.path.insert(0, %r)\n"
@@ -1460,17 +1411,18 @@ class Loop(WithExample):
                    "    if hasattr(module, name): delattr(module, name)\n"
                    "sys.modules['resource'] = None\n"
                    "import kv; kv.CAN_GATHER = False; sys.exit(kv.main())" % HERE)
-        serve = [sys.executable, "-c", lacking, "serve", EXAMPLE, "--port", "0"]
-        with Serving(command_line=serve) as server, server.connect() as client:
-            client.send(GET_KEY * 20)
-            for _ in range(20):
-                self.assertEqual(client.answer()[2], VALUE)
-            self.assertEqual(server.stop(), 0)
+        server = self.serve(words=[
+            sys.executable, "-c", lacking, "serve", EXAMPLE, "--port", "0"])
+        client = server.connect()
+        client.send(GET_KEY * 20)
+        for _ in range(20):
+            self.assertEqual(client.answer()[2], VALUE)
+        client.close()
+        self.assertEqual(server.stop(), 0)
 
 
-def unsent_bytes(server, client, after=0):
+def unsent_bytes(server, client):
     """Return how many bytes the system holds that a client here has not taken."""
-    time.sleep(after)
     ports = [b":%04X" % port for port in (server.port, client.socket.getsockname()[1])]
     with open("/proc/net/tcp", "rb") as file:
         for fields in map(bytes.split, file):
@@ -1493,7 +1445,7 @@ class Unread(Serving):
 
 
 @ON_LINUX
-class Limits(unittest.TestCase):
+class Limits(Test):
     """Slow, silent and too many clients, and too little of all."""
 
     IDLE = {"IDLE_SECONDS": 0.7, "HEAD_SECONDS": 9}
@@ -1505,22 +1457,19 @@ class Limits(unittest.TestCase):
         (IDLE, GET_KEY + b"\r\n" + GET_KEY, b"", 0.7, 200), (WHOLE, b"", b"a", 1, 408),
         (WHOLE, b"GET / HTTP/1.1\r\n", b"a:b\r\n", 1, 408),
         (WHOLE, GET_KEY + b"GET", b"a", 1, 408), (WHOLE, b"\r\nG", b"", 1, 408),
-        ({"LINGER_SECONDS": 0.7}, b"bad\r\n", b"x", 0.7, 400),
-    )
+        ({"LINGER_SECONDS": 0.7}, b"bad\r\n", b"x", 0.7, 400))
     TAKE = {"ANSWER_SECONDS": 9, "ANSWER_BYTES_A_SECOND": 10**9, "STALL_SECONDS": 9}
     NOT_TAKEN = (  # limits, one of them 0.7 s; bytes that a client takes now and then
         (dict(TAKE, STALL_SECONDS=0.7), 0), (dict(TAKE, ANSWER_SECONDS=0.7), 0),
-        (dict(TAKE, ANSWER_SECONDS=0.7), 1000),
-    )
+        (dict(TAKE, ANSWER_SECONDS=0.7), 1000))
     TAKEN = (  # limits; bytes that a client takes at once; tenths of a second in which
                # it then takes 100,000 each, before it takes the rest
         ({"ANSWER_SECONDS": 0.2, "ANSWER_BYTES_A_SECOND": 500000}, 0, 5),
-        ({"STALL_SECONDS": 3, "ANSWER_BYTES_A_SECOND": 100000}, 6000000, 40),
-    )
+        ({"STALL_SECONDS": 1, "ANSWER_BYTES_A_SECOND": 100000}, 6000000, 15))
 
-    def kept(self, limits, first, on_and_on, _, status):
-        """Return for how many seconds the server keeps a client."""
-        with Serving(EXAMPLE, limits=limits) as server, server.connect() as client:
+    def test_deadlines(self):
+        def is_kept(limits, first, on_and_on, seconds, status):
+            client = self.serve(limits=limits).connect()
             start = time.monotonic()
             client.send(first)
             client.socket.settimeout(0.05)
@@ -1532,216 +1481,187 @@ class Limits(unittest.TestCase):
                     client.send(on_and_on)
             statuses = re.findall(rb"HTTP/1.1 (\d+)", client.received)
             self.assertEqual(statuses[-1:], [b"%d" % status] if status else [])
-            return time.monotonic() - start
+            self.assertTrue(seconds <= time.monotonic() - start < seconds + 3)
 
-    def test_deadlines(self):
-        for row, running in side_by_side(self.kept, self.DEADLINES):
-            with self.subTest(row):
-                self.assertGreaterEqual(running.result(), row[3])
-                self.assertLess(running.result(), row[3] + 3)
-
-    def sending(self, limits, taken):
-        """Return for how many seconds the server sends what a client does not take."""
-        with serving(LARGE, limits=limits) as server:
-            with server.connect(receive_buffer=4096) as client:
-                start = time.monotonic()
-                client.send(GET_KEY)
-                until(lambda: server.threads() == 2)
-                until(lambda: taken and client.socket.recv(taken) and False
-                      or server.threads() == 1)
-                return time.monotonic() - start
+        self.side_by_side(is_kept, self.DEADLINES)
 
     def test_answers_that_are_not_taken(self):
-        for row, running in side_by_side(self.sending, self.NOT_TAKEN):
-            with self.subTest(row):
-                self.assertGreaterEqual(running.result(), 0.7)
-                self.assertLess(running.result(), 6)
+        def is_sent(limits, taken):
+            server = self.serve(LARGE, limits=limits)
+            client = server.connect(receive_buffer=4096)
+            start = time.monotonic()
+            client.send(GET_KEY)
+            until(lambda: server.threads() == 2)
+            until(lambda: taken and client.socket.recv(taken) and False
+                  or server.threads() == 1)
+            self.assertTrue(0.7 <= time.monotonic() - start < 6)
 
-    def whole(self, limits, at_once, tenths):
-        """Return the size of an answer that a client takes slowly, but steadily."""
-        with serving(LARGE, limits=limits) as server, server.connect() as client:
+        self.side_by_side(is_sent, self.NOT_TAKEN)
+
+    def test_clients_that_take_their_answers_slowly_get_them_whole(self):
+        def is_whole(limits, at_once, tenths):
+            client = self.serve(LARGE, limits=limits).connect()
             client.send(GET_KEY)
             client.received = client.take(at_once)
             for _ in range(tenths):
                 time.sleep(0.1)
                 client.received += client.socket.recv(100000)
-            return len(client.answer()[2])
+            self.assertEqual(len(client.answer()[2]), SIZE)
 
-    def test_clients_that_take_their_answers_slowly_get_them_whole(self):
-        for row, running in side_by_side(self.whole, self.TAKEN):
-            with self.subTest(row):
-                self.assertEqual(running.result(), SIZE)
+        self.side_by_side(is_whole, self.TAKEN)
 
     def test_newcomers_take_the_place_of_who_has_waited_longest(self):
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(Serving(EXAMPLE, "--max-connections", "3"))
-            first, second, third = (stack.enter_context(server.connect()) for _ in "123")
-            for client in (second, first, third):
-                self.assertEqual(client.ask(KEY)[2], VALUE)
-            fourth = stack.enter_context(server.connect())
-            self.assertEqual(fourth.ask(KEY)[2], VALUE)
-            self.assertEqual(second.rest(), b"")
-            for client in (first, third, fourth):
-                self.assertEqual(client.ask(KEY)[2], VALUE)
+        server = self.serve(EXAMPLE, "--max-connections", "3")
+        first, second, third = (server.connect() for _ in "123")
+        for client in (second, first, third):
+            self.assertEqual(client.ask(KEY)[2], VALUE)
+        fourth = server.connect()
+        self.assertEqual(fourth.ask(KEY)[2], VALUE)
+        self.assertEqual(second.rest(), b"")
+        for client in (first, third, fourth):
+            self.assertEqual(client.ask(KEY)[2], VALUE)
 
     def test_who_has_asked_is_not_evicted(self):
         """Even if its request and a newcomer are seen in the same round of the loop."""
-        with Serving(EXAMPLE, "--max-connections", "2") as server:
-            with server.connect() as first, server.connect() as second:
-                self.assertEqual(first.ask(KEY)[2], VALUE)
-                self.assertEqual(second.ask(KEY)[2], VALUE)
-                server.send_signal(signal.SIGSTOP)
-                with server.connect() as third:
-                    third.send(GET_KEY)
-                    first.send(GET_KEY)
-                    server.send_signal(signal.SIGCONT)
-                    self.assertEqual(first.answer()[2], VALUE)
-                    self.assertEqual(third.answer()[2], VALUE)
-                    self.assertEqual(second.rest(), b"")
+        server = self.serve(EXAMPLE, "--max-connections", "2")
+        first, second = server.connect(), server.connect()
+        self.assertEqual(first.ask(KEY)[2], VALUE)
+        self.assertEqual(second.ask(KEY)[2], VALUE)
+        server.send_signal(signal.SIGSTOP)
+        third = server.connect()
+        third.send(GET_KEY)
+        first.send(GET_KEY)
+        server.send_signal(signal.SIGCONT)
+        self.assertEqual(first.answer()[2], VALUE)
+        self.assertEqual(third.answer()[2], VALUE)
+        self.assertEqual(second.rest(), b"")
 
     def test_connections_that_come_back_from_threads_and_are_evicted(self):
         """At the same moment, again and again."""
-        content = KEY + b" " + b"x" * 400000 + b"\n"
-        with serving(content, "--max-connections", "1") as server:
-            stop = time.monotonic() + 1.5
+        def ask():
+            answers = 0
+            while time.monotonic() < stop:
+                client = server.connect()
+                with contextlib.suppress(*GONE):
+                    while time.monotonic() < stop:
+                        answers += len(client.ask(KEY)[2]) == 400000
+            self.assertGreater(answers, 0)
 
-            def ask():
-                answers = 0
-                while time.monotonic() < stop:
-                    with contextlib.suppress(EOFError, ConnectionError):
-                        with server.connect() as client:
-                            while time.monotonic() < stop:
-                                answers += len(client.ask(KEY)[2]) == 400000
-                return answers
-
-            answers = [running.result() for _, running in side_by_side(ask, [()] * 6)]
-            self.assertGreater(min(answers), 0)
-            self.assertEqual(len(server.lines()), 1, server.log)
+        server = self.serve(KEY + b" " + b"x" * 400000 + b"\n", "--max-connections", "1")
+        stop = time.monotonic() + 0.9
+        self.side_by_side(ask, [()] * 6)
+        self.assertEqual(len(server.lines()), 1, server.log)
 
     def test_whatever_they_wait_for(self):
         """The rest of a head, a request, more of an answer to be taken, a last byte."""
-        def idle(client):
+        def idle(server, client):
             self.assertEqual(client.ask(OTHER_KEY)[2], OTHER_VALUE)
 
-        def trickle(client):
+        def trickle(server, client):
             client.send(GET_KEY[:9])
 
-        def stick(client):
+        def stick(server, client):
             client.send(GET_KEY)
-            until(lambda: unsent_bytes(server, client)
-                  == unsent_bytes(server, client, after=0.4) > 0)
+            until(lambda: 0 < unsent_bytes(server, client) == (
+                time.sleep(0.2) or unsent_bytes(server, client)))
 
-        def linger(client):
+        def linger(server, client):
             client.send(b"bad\r\n")
             self.assertEqual(client.answer()[0], 400)
 
-        slow = {"STALL_SECONDS": PATIENCE, "LINGER_SECONDS": PATIENCE}
-        with serving(LARGE, "--max-connections", "2", limits=slow) as server:
-            ways = (idle, trickle, stick)
-            for longest, wait in itertools.product(ways + (linger,), ways):
+        def is_evicted(longest):
+            server = self.serve(LARGE, "--max-connections", "2", limits={
+                "STALL_SECONDS": PATIENCE, "LINGER_SECONDS": PATIENCE})
+            for wait in (idle, trickle, stick):
                 until(lambda: server.threads() == 1)
-                with self.subTest(longest=longest, wait=wait), \
-                        server.connect(receive_buffer=4096) as first, \
-                        server.connect(receive_buffer=4096) as second:
-                    idle(second)
-                    longest(first)
-                    idle(second)
-                    wait(second)
-                    with server.connect() as third:
-                        idle(third)
-                        with contextlib.suppress(ConnectionError):
-                            self.assertLess(len(first.rest()), SIZE)
-                        if wait == trickle:
-                            second.send(GET_KEY[9:])
-                        if wait != idle:
-                            self.assertEqual(len(second.answer()[2]), SIZE)
-                        idle(second)
-                        idle(third)
+                first = server.connect(receive_buffer=4096)
+                second = server.connect(receive_buffer=4096)
+                idle(server, second)
+                longest(server, first)
+                idle(server, second)
+                wait(server, second)
+                third = server.connect()
+                idle(server, third)
+                with contextlib.suppress(ConnectionError):
+                    self.assertLess(len(first.rest()), SIZE)
+                if wait == trickle:
+                    second.send(GET_KEY[9:])
+                if wait != idle:
+                    self.assertEqual(len(second.answer()[2]), SIZE)
+                idle(server, second)
+                idle(server, third)
+                for client in (first, second, third):
+                    client.close()
+
+        self.side_by_side(is_evicted, [(idle,), (trickle,), (stick,), (linger,)])
 
     @ON_CPYTHON
-    def test_clients_that_take_nothing_lock_nobody_out(self):
-        with serving(LARGE, "--max-connections", "200") as server:
-            before = proc(server.pid, "VmRSS:")
-            with contextlib.ExitStack() as stack:
-                for _ in range(200):
-                    stack.enter_context(server.connect()).send(GET_KEY)
-                until(lambda: server.threads() == 201)
-                for _ in range(250):
-                    newcomer = stack.enter_context(server.connect())
-                    self.assertEqual(soon(newcomer), OTHER_VALUE)
-                self.assertLess(proc(server.pid, "VmRSS:") - before, 12000)
-                until(lambda: server.threads() == 1)
-            self.assertEqual(len(server.lines()), 1, server.log)
-
-    @ON_CPYTHON
-    def test_memory_of_answers_that_are_not_taken(self):
-        """A large value is not copied for each client, nor all that one asks for."""
-        many = KEY + b" " + b"x" * 16000 + b"\n"
-        for (content, clients, requests, most), options in itertools.product(
-                ((LARGE, 50, 1, 10000), (many, 100, 130, 40000)), ((), ("--sorted",))):
-            with self.subTest(most, options=options), contextlib.ExitStack() as stack:
-                server = stack.enter_context(serving(content, *options))
-                before = proc(server.pid, "VmRSS:")
-                for _ in range(clients):
-                    client = stack.enter_context(server.connect(receive_buffer=4096))
+    def test_clients_that_take_nothing(self):
+        """They lock nobody out, and a value, or all that one asks for, is not copied."""
+        many = KEY + b" " + b"x" * 16000 + b"\n" + OTHER_KEY + b" " + OTHER_VALUE + b"\n"
+        for content, requests, most, *options in (
+                (LARGE, 1, 10000), (LARGE, 1, 10000, "--sorted"), (many, 130, 40000)):
+            with self.subTest(most, options=options), Serving(
+                    content, *options, "--max-connections", "30") as server:
+                before = server.memory()
+                stuck = [server.connect(receive_buffer=4096) for _ in range(30)]
+                for client in stuck:
                     client.send(GET_KEY * requests)
-                until(lambda: server.threads() == clients + 1)
-                self.assertLess(proc(server.pid, "VmRSS:") - before, most)
-                for method in ("GET", "HEAD"):
-                    for _ in range(requests):
-                        self.assertEqual(client.answer(method)[0], 200)
-                    client.send(head("HEAD", b"/" + KEY) * requests)
+                for client in stuck:
+                    client.receive()  # the answer is on its way
+                self.assertEqual(server.threads(), 31)
+                start = time.monotonic()
+                for _ in range(40):
+                    self.assertEqual(server.connect().ask(OTHER_KEY)[2], OTHER_VALUE)
+                self.assertLess(time.monotonic() - start, 9)  # none waits for a stall
+                self.assertLess(server.memory() - before, most)
+                until(lambda: server.threads() == 1)
+                self.assertEqual(len(server.lines()), 1, server.log)
 
     CROWDED = (  # what limits the connections, and the first line of the log
-        ("", ("--max-connections", "20"), ""),
-        ("ulimit -n 50; ", (), ""),
+        ("", ("--max-connections", "20"), ""), ("ulimit -n 50; ", (), ""),
         ("ulimit -n 50; ", ("--max-connections", "1000"),
          "kv: --max-connections 1000 needs 1032 open files, but the limit is 50"
-         "; raise it with ulimit -n, or LimitNOFILE under systemd"),
-    )
+         "; raise it with ulimit -n, or LimitNOFILE under systemd"))
 
-    def crowded(self, ulimit, options, told):
+    def test_a_crowd_leaves_room(self):
         """Others connect and may begin to ask, few or many between two requests."""
-        prefix = ("sh", "-c", ulimit + 'exec "$@"', "sh")
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(Serving(EXAMPLE, *options, prefix=prefix))
-            self.assertEqual(server.lines()[:-1], [told] if told else [])
-            client = stack.enter_context(server.connect())
-
+        def leaves_room(ulimit, options, told):
             def ask():
                 nonlocal client
                 try:
                     body = soon(client, KEY)
-                except (EOFError, ConnectionError):  # it was its turn to go
-                    client = stack.enter_context(server.connect())
+                except GONE:  # it was its turn to go
+                    client = server.connect()
                     body = soon(client, KEY)
                 self.assertEqual(body, VALUE)
 
+            prefix = ("sh", "-c", ulimit + 'exec "$@"', "sh")
+            server = self.serve(EXAMPLE, *options, prefix=prefix)
+            self.assertEqual(server.lines()[:-1], [told] if told else [])
+            client = server.connect()
             for newcomers in (1, 10, 60) * 4:
                 for number in range(newcomers):
-                    other = stack.enter_context(server.connect())
+                    other = server.connect()
                     with contextlib.suppress(ConnectionError):
                         other.send(b"GET" * (number % 2))
                 ask()
             before = proc(server.pid, "", "schedstat")
-            time.sleep(1)  # in which it does not spin
-            self.assertLess(proc(server.pid, "", "schedstat") - before, 3 * 10**8)  # ns
+            time.sleep(0.5)  # in which it does not spin
+            self.assertLess(proc(server.pid, "", "schedstat") - before, 1.5e8)  # ns
             ask()
 
-    def test_a_crowd_leaves_room(self):
-        for row, running in side_by_side(self.crowded, self.CROWDED):
-            with self.subTest(row):
-                running.result()
+        self.side_by_side(leaves_room, self.CROWDED)
 
     def test_it_raises_its_limit_of_open_files(self):
         raise_descriptor_limit(600)
         prefix = ("sh", "-c", 'ulimit -Sn 60; ulimit -Hn 600; exec "$@"', "sh")
         for options, limit in (((), 600), (("--max-connections", "300"), 332)):
-            with self.subTest(limit), Serving(EXAMPLE, *options, prefix=prefix) as server:
-                self.assertEqual(proc(server.pid, "Max open files", "limits"), limit)
-                self.assertEqual(len(server.lines()), 1, server.log)
+            server = self.serve(EXAMPLE, *options, prefix=prefix)
+            self.assertEqual(proc(server.pid, "Max open files", "limits"), limit)
+            self.assertEqual(len(server.lines()), 1, server.log)
 
-    @unittest.skipUnless(shutil.which("strace"), "needs strace")
+    @NEEDS_STRACE
     def test_what_the_system_refuses(self):
         for fault, told, makes_room in (
                 ("accept4:error=ECONNABORTED:when=3", "", False),  # that client has gone
@@ -1750,29 +1670,28 @@ class Limits(unittest.TestCase):
                  "kv: cannot raise the limit of open files: ", False)):
             prefix = ("sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh", "strace", "-D", "-f",
                       "-qq", "-o", os.devnull, "-e", "inject=" + fault)
-            with self.subTest(fault), Serving(EXAMPLE, prefix=prefix) as server:
+            with self.subTest(fault), Serving(prefix=prefix) as server:
                 self.assertTrue(server.lines()[0].startswith(told))
-                with server.connect() as first, server.connect() as second:
-                    self.assertEqual(second.ask(KEY)[2], VALUE)
-                    with server.connect() as third:
-                        self.assertEqual(third.ask(KEY)[2], VALUE)
-                        if makes_room:
-                            self.assertEqual(first.rest(), b"")
-                        else:
-                            self.assertEqual(first.ask(KEY)[2], VALUE)
+                first, second = server.connect(), server.connect()
+                self.assertEqual(second.ask(KEY)[2], VALUE)
+                self.assertEqual(server.ask(KEY)[2], VALUE)
+                if makes_room:
+                    self.assertEqual(first.rest(), b"")
+                else:
+                    self.assertEqual(first.ask(KEY)[2], VALUE)
 
     @ON_CPYTHON
     def test_memory_does_not_grow_with_requests(self):
         others = ask_for(ABSENT) + head("HEAD", b"/" + KEY, "X: y") + ask_for(b"x")
-        with Serving(EXAMPLE) as server:
-            sizes = []
-            for _ in range(200):
-                with server.connect() as client:  # 996 that keep it, one that does not
-                    client.send(GET_KEY * 498 + others * 166 + b"bad\r\n\r\n")
-                    client.socket.shutdown(socket.SHUT_WR)
-                    self.assertEqual(client.rest().count(b"\r\nServer: "), 997)
-                sizes.append(proc(server.pid, "VmRSS:"))
-            self.assertLess(sizes[199] - sizes[19], 300)  # kB: under 2 bytes a request
+        server = self.serve()
+        sizes = []
+        for _ in range(200):
+            client = server.connect()  # 996 that keep it, one that does not
+            client.send(GET_KEY * 498 + others * 166 + b"bad\r\n\r\n")
+            client.socket.shutdown(socket.SHUT_WR)
+            self.assertEqual(client.rest().count(b"\r\nServer: "), 997)
+            sizes.append(server.memory())
+        self.assertLess(sizes[199] - sizes[19], 300)  # kB: under 2 bytes a request
 
     def test_a_log_that_nobody_reads(self):
         """A full pipe, or a stopped terminal: answers come, lines are lost."""
@@ -1780,8 +1699,8 @@ class Limits(unittest.TestCase):
                 (os.pipe, "--verbose"), (os.openpty, "--verbose"), (os.pipe,)):
             reading, writing = make()
             with self.subTest(make, options=options), open(reading, "wb"), \
-                    open(writing, "wb"), data_file(KEY + b" old\n") as path, \
-                    Unread(reading, writing, path, *options) as server:
+                    open(writing, "wb"), \
+                    Unread(reading, writing, KEY + b" old\n", *options) as server:
                 if make == os.openpty:
                     os.write(reading, b"\x13")  # Ctrl-S
                 else:
@@ -1790,17 +1709,18 @@ class Limits(unittest.TestCase):
                         with contextlib.suppress(BlockingIOError):
                             while True:
                                 os.write(writing, piece)
-                with server.connect() as client:
-                    for _ in range(2000):
-                        self.assertEqual(client.ask(KEY)[2], b"old")
-                    replace(path, KEY + b" new\n")
-                    server.send_signal(signal.SIGHUP)
-                    until(lambda: client.ask(KEY)[2] == b"new")
+                client = server.connect()
+                for _ in range(400):
+                    self.assertEqual(client.ask(KEY)[2], b"old")
+                replace(server.path, KEY + b" new\n")
+                server.send_signal(signal.SIGHUP)
+                until(lambda: client.ask(KEY)[2] == b"new")
+                client.close()
                 self.assertEqual(server.stop(), 0)
 
 
 @ON_POSIX
-class ReloadAndStop(unittest.TestCase):
+class ReloadAndStop(Test):
     """New data, and the end."""
 
     COUNT = 2000
@@ -1810,40 +1730,42 @@ class ReloadAndStop(unittest.TestCase):
         return b"".join(b"%b %b %b\n" % (key(n), word, key(n)) for n in range(count))
 
     def test_reload_under_load(self):
-        keys = [key(n) for n in range(self.COUNT)]
-        for options in ((), ("--sorted",)):
-            with self.subTest(options), \
-                    serving(self.content(b"old"), *options) as server, \
-                    server.connect() as client:
-                with clients_asking(("127.0.0.1", server.port), keys) as answers:
-                    for turn in range(5):
-                        done = len(answers)
-                        count = self.COUNT + turn
-                        replace(server.path, self.content(b"new%d" % turn, count))
-                        server.reload()
-                        self.assertRegex(
-                            server.lines()[-1],
-                            rf"^kv: {count} pairs of {server.path} in \d+\.\d\d s, "
-                            rf"reloaded \({count - bool(turn)} before\)$")
-                        for k in keys[:100]:
-                            self.assertEqual(client.ask(k)[2], b"new%d %b" % (turn, k))
-                        until(lambda: len(answers) > done + 100)
-                for k, status, body in answers:
-                    self.assertEqual(status, 200)
-                    self.assertRegex(body, b"^(old|new[0-4]) %b$" % k)
+        """Whatever comes is old or new; and in the end, all is new."""
+        def reloads(*options):
+            server = self.serve(self.content(b"old"), *options)
+            address = ("127.0.0.1", server.port)
+            with clients_asking(address, [key(n) for n in range(self.COUNT)]) as answers:
+                for turn in range(3):
+                    done = len(answers)
+                    count = self.COUNT + turn
+                    replace(server.path, self.content(b"new%d" % turn, count))
+                    server.reload()
+                    self.assertRegex(server.lines()[-1], (
+                        rf"^kv: {count} pairs of {server.path} in \d+\.\d\d s, "
+                        rf"reloaded \({count - bool(turn)} before\)$"))
+                    for k in map(key, range(100)):
+                        self.assertEqual(server.ask(k)[2], b"new%d %b" % (turn, k))
+                    until(lambda: len(answers) > done + 100)
+            for k, status, body in answers:
+                self.assertEqual(status, 200)
+                self.assertRegex(body, b"^(old|new[0-2]) %b$" % k)
+
+        self.side_by_side(reloads, [(), ("--sorted",)])
 
     @ON_LINUX
     def test_others_are_answered_while_a_reload_runs(self):
         bodies = [b"old " + key(7), b"new " + key(7)]
-        with serving(self.content(b"old", 100000)) as server, server.connect() as client:
-            replace(server.path, self.content(b"new", 100000))
+        server = self.serve(self.content(b"old", 100000))
+        client = server.connect()
+        for was, becomes in (bodies, reversed(bodies)):
+            asked = 0
+            replace(server.path, self.content(becomes[:3], 100000))
             server.send_signal(signal.SIGHUP)
-            for asked in range(10**6):
-                self.assertIn(soon(client, key(7)), bodies)
-                if b"reloaded" in server.log:
-                    break
-            self.assertIn(b"reloaded", server.log)
+            while client.ask(key(7))[2] == was:
+                asked += 1
+            self.assertEqual(soon(client, key(7)), becomes)
             self.assertGreater(asked, 50)
+            until(lambda: b"reloaded" in server.log)
             self.assertEqual(server.threads(), 1)
 
     NO_FILE = ": not a file that can be read again"
@@ -1854,105 +1776,99 @@ class ReloadAndStop(unittest.TestCase):
          f":2: no version 4 UUID at the start of the line: {key(2)[:20]}"),
         (lambda path, _: None, None, ": No such file or directory"),
         (os.mkfifo, 0o600, NO_FILE),
-        (lambda path, target: os.symlink(target, path), "/dev/zero", NO_FILE),
-    )
+        (lambda path, target: os.symlink(target, path), "/dev/zero", NO_FILE))
 
     def test_bad_files_leave_the_data(self):
-        for options in ((), ("--sorted",)):
-            with serving(self.content(b"old"), *options) as server, \
-                    server.connect() as client:
-                for make, what, fault in self.BAD:
-                    with self.subTest(fault, options=options):
-                        with contextlib.suppress(FileNotFoundError):
-                            os.remove(server.path)
-                        make(server.path, what)
-                        server.reload()
-                        self.assertEqual(server.lines()[-2:], [
-                            f"kv: {server.path}{fault}", "kv: the data stays as it was"])
-                        for k in map(key, range(0, self.COUNT, 100)):
-                            self.assertEqual(client.ask(k)[2], b"old " + k)
+        def leave(*options):
+            server = self.serve(self.content(b"old"), *options)
+            for make, what, fault in self.BAD:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(server.path)
+                make(server.path, what)
+                server.reload()
+                self.assertEqual(server.lines()[-2:], [
+                    f"kv: {server.path}{fault}", "kv: the data stays as it was"])
+                for k in map(key, range(0, self.COUNT, 100)):
+                    self.assertEqual(server.ask(k)[2], b"old " + k)
 
-    def test_standard_input_cannot_be_reloaded(self):
-        with open(EXAMPLE) as file, Serving("-", stdin=file) as server:
-            server.reload()
-            self.assertEqual(server.lines()[1], "kv: standard input" + self.NO_FILE)
-            with server.connect() as client:
-                self.assertEqual(client.ask(KEY)[2], VALUE)
+        self.side_by_side(leave, [(), ("--sorted",)])
+        with open(EXAMPLE) as file:
+            server = self.serve("-", stdin=file)
+        server.reload()
+        self.assertEqual(server.lines()[1], "kv: standard input" + self.NO_FILE)
+        self.assertEqual(server.ask(KEY)[2], VALUE)
 
     def test_half_a_file_is_served_and_told(self):
-        with serving(self.content(b"old")) as server, server.connect() as client:
-            replace(server.path, self.content(b"new")[:-1])
-            server.reload()
-            self.assertEqual(
-                server.lines()[1],
-                f"kv: {server.path}: the last line has no newline; was the file cut off?")
-            self.assertRegex(server.lines()[2], r"reloaded \(2000 before\)$")
-            self.assertEqual(client.ask(key(7))[2], b"new " + key(7))
+        server = self.serve(self.content(b"old"))
+        replace(server.path, self.content(b"new")[:-1])
+        server.reload()
+        self.assertEqual(server.lines()[1], f"kv: {server.path}: {Lines.CUT_OFF}")
+        self.assertRegex(server.lines()[2], r"reloaded \(2000 before\)$")
+        self.assertEqual(server.ask(key(7))[2], b"new " + key(7))
 
-    def test_a_signal_during_a_reload_causes_one_more(self):
-        def again():
-            server.send_signal(signal.SIGHUP)
-            return client.ask(key(1))[2] == b"new " + key(1)
-
-        with serving(self.content(b"old", 50000)) as server, server.connect() as client:
-            server.send_signal(signal.SIGHUP)
-            replace(server.path, self.content(b"new", 50000))
-            until(again)  # a reload takes many times as long as a look does
-            until(lambda: server.log.count(b"reloaded") == 2)
-            self.assertEqual(server.stop(), 0)
-            self.assertLessEqual(server.log.count(b"reloaded"), 3)
-
-    def test_a_storm_of_signals(self):
-        with Serving(EXAMPLE) as server, server.connect() as client:
-            for _ in range(20):
-                for _ in range(1000):
-                    server.send_signal(signal.SIGHUP)
-                self.assertEqual(client.ask(KEY)[2], VALUE)
-            self.assertEqual(server.stop(), 0)
+    def test_signals_during_a_reload(self):
+        """However many come, they cause one more after it."""
+        server = self.serve(self.content(b"old", 50000))
+        server.send_signal(signal.SIGHUP)
+        until(lambda: server.send_signal(signal.SIGHUP) or b"reloaded" in server.log)
+        until(lambda: server.log.count(b"reloaded") == 2)
+        for _ in range(20):
+            for _ in range(1000):
+                server.send_signal(signal.SIGHUP)
+            self.assertEqual(server.ask(key(7))[2], b"old " + key(7))
+        self.assertEqual(server.stop(), 0)
 
     @ON_LINUX
     @ON_CPYTHON
     def test_a_reload_without_enough_memory(self):
         value = b"x" * 500 + b" " + key(7)
-        with serving(self.content(b"x" * 500, 60000)) as server:
-            limit_memory(server.pid, 12000)
-            answered = 0
+        server = self.serve(self.content(b"x" * 500, 60000))
+        limit_memory(server.pid, 12000)
+        answered = 0
 
-            def failed():
-                nonlocal answered
-                with contextlib.suppress(EOFError, ConnectionError):
-                    with server.connect() as client:
-                        self.assertEqual(client.ask(key(7))[2], value)
-                    answered += 1
-                return server.lines()[-1] == "kv: the data stays as it was"
+        def failed():
+            nonlocal answered
+            with contextlib.suppress(*GONE):
+                self.assertEqual(server.ask(key(7))[2], value)
+                answered += 1
+            return server.lines()[-1] == "kv: the data stays as it was"
 
-            for number in (1, 2, 3):
-                server.send_signal(signal.SIGHUP)
-                until(lambda: failed() and server.log.count(b"too large") == number)
-                self.assertIn(
-                    f"kv: {server.path}: too large for the memory; --sorted needs less",
-                    server.lines()[-3:])
-            self.assertGreater(answered, 3)
-            limit_memory(server.pid, None)
-            server.reload()
-            self.assertRegex(server.lines()[-1], r"reloaded \(60000 before\)$")
+        for number in (1, 2, 3):
+            server.send_signal(signal.SIGHUP)
+            until(lambda: failed() and server.log.count(b"too large") == number)
+            self.assertIn(
+                f"kv: {server.path}: too large for the memory; --sorted needs less",
+                server.lines()[-3:])
+        self.assertGreater(answered, 3)
+        limit_memory(server.pid, None)
+        server.reload()
+        self.assertRegex(server.lines()[-1], r"reloaded \(60000 before\)$")
+
+    def refuses(self, server):
+        with contextlib.suppress(ConnectionError):
+            server.connect().close()
+            return False
+        return True
 
     def test_stop_under_load(self):
         """What was read is answered whole; the last answer of a connection says so."""
-        for how in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(how), Serving(EXAMPLE) as server, server.connect() as idle:
-                with clients_asking(("127.0.0.1", server.port)) as answers:
-                    start = time.monotonic()
-                    self.assertEqual(server.stop(how), 0)
-                    self.assertLess(time.monotonic() - start, 5)
-                self.assertEqual(set(answers), {(KEY, 200, VALUE)})
-                self.assertEqual(idle.rest(), b"")
-                self.assertTrue(self.refuses(server))
-                self.assertEqual(server.lines()[-1], "kv: stopped")
+        def stops(how):
+            server = self.serve()
+            idle = server.connect()
+            with clients_asking(("127.0.0.1", server.port)) as answers:
+                start = time.monotonic()
+                self.assertEqual(server.stop(how), 0)
+                self.assertLess(time.monotonic() - start, 5)
+            self.assertEqual(set(answers), {(KEY, 200, VALUE)})
+            self.assertEqual(idle.rest(), b"")
+            self.assertTrue(self.refuses(server))
+            self.assertEqual(server.lines()[-1], "kv: stopped")
+
+        self.side_by_side(stops, [(signal.SIGTERM,), (signal.SIGINT,)])
 
     def test_stop_answers_each_of_the_requests_that_came_together(self):
         def ask():
-            with contextlib.suppress(EOFError, ConnectionError):
+            with contextlib.suppress(*GONE):
                 while True:
                     counts.append(0)
                     client.send(GET_KEY * 40)
@@ -1960,118 +1876,128 @@ class ReloadAndStop(unittest.TestCase):
                         self.assertEqual(client.answer()[::2], (200, VALUE))
                         counts[-1] += 1
 
-        for _ in range(3):
+        for _ in range(2):
             counts = []
-            with Serving(EXAMPLE) as server, server.connect() as client:
-                for _, asking in side_by_side(ask, [()]):
-                    until(lambda: len(counts) > 20)
+            server = self.serve()
+            client = server.connect()
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                asking = pool.submit(ask)
+                until(lambda: len(counts) > 20)
+                try:
                     self.assertEqual(server.stop(), 0)
-                    asking.result(PATIENCE)
+                finally:
+                    server.send_signal(signal.SIGKILL)
+                asking.result(PATIENCE)
             self.assertLessEqual(set(counts), {0, 40})
 
-    @contextlib.contextmanager
     def stuck(self):
-        """Yield a server that waits for a client that takes nothing, and that client."""
-        with serving(LARGE, limits={"DRAIN_SECONDS": 1}) as server:
-            with server.connect(receive_buffer=4096) as client:
-                client.send(GET_KEY)
-                client.receive()
-                yield server, client
-
-    def refuses(self, server):
-        with contextlib.suppress(ConnectionError):
-            server.connect().__exit__()
-            return False
-        return True
+        """Return a server that waits for a client that takes nothing, and that client."""
+        server = self.serve(LARGE, limits={"DRAIN_SECONDS": 0.5})
+        client = server.connect(receive_buffer=4096)
+        client.send(GET_KEY)
+        client.receive()
+        return server, client
 
     def test_a_stop_waits_for_answers_but_not_for_ever(self):
-        with self.stuck() as (server, client):
-            server.send_signal(signal.SIGTERM)
-            until(lambda: self.refuses(server))
-            server.send_signal(signal.SIGTERM)  # which changes nothing
-            self.assertEqual(len(client.answer()[2]), SIZE)
-            self.assertEqual(server.process.wait(PATIENCE), 0)
-        with self.stuck() as (server, client):
-            start = time.monotonic()
-            self.assertEqual(server.stop(), 0)
-            self.assertLess(time.monotonic() - start, 5)
+        server, client = self.stuck()
+        server.send_signal(signal.SIGTERM)
+        until(lambda: self.refuses(server))
+        server.send_signal(signal.SIGTERM)  # which changes nothing
+        self.assertEqual(len(client.answer()[2]), SIZE)
+        self.assertEqual(server.process.wait(PATIENCE), 0)
+        server, client = self.stuck()
+        start = time.monotonic()
+        self.assertEqual(server.stop(), 0)
+        self.assertLess(time.monotonic() - start, 5)
 
     def test_a_second_interrupt_ends_it_at_once(self):
         """Whether the stop has begun or has only been noted."""
         for has_begun in (True, False):
-            with self.subTest(has_begun), self.stuck() as (server, _), \
-                    server.connect() as other:
-                self.assertEqual(soon(other), OTHER_VALUE)
-                server.send_signal(signal.SIGINT)
-                if has_begun:
-                    until(lambda: self.refuses(server))
-                else:
-                    self.assertEqual(soon(other), OTHER_VALUE)  # the signal has come
-                self.assertEqual(server.stop(signal.SIGINT), 130)
+            server, _ = self.stuck()
+            other = server.connect()
+            self.assertEqual(soon(other), OTHER_VALUE)
+            server.send_signal(signal.SIGINT)
+            if has_begun:
+                until(lambda: self.refuses(server))
+            else:
+                self.assertEqual(soon(other), OTHER_VALUE)  # the signal has come
+            self.assertEqual(server.stop(signal.SIGINT), 130)
 
     def test_killed_and_started_again_on_the_same_port(self):
-        with Serving(EXAMPLE) as server, self.assertRaises((EOFError, ConnectionError)):
-            with clients_asking(("127.0.0.1", server.port)):
-                server.stop(signal.SIGKILL)
+        server = self.serve()
+        with self.assertRaises(GONE), clients_asking(("127.0.0.1", server.port)):
+            server.stop(signal.SIGKILL)
         again = command("serve", EXAMPLE, "--port", str(server.port))
-        with Serving(command_line=again) as server, server.connect() as client:
-            self.assertEqual(client.ask(KEY)[2], VALUE)
+        self.assertEqual(self.serve(words=again).ask(KEY)[2], VALUE)
 
-    @contextlib.contextmanager
     def loading(self):
-        """Yield a server that loads, and the path and the file of the pipe it reads."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "data")
-            os.mkfifo(path)
-            with open(path, "r+b", 0) as pipe, contextlib.ExitStack() as stack:
-                server = Serving(path)
-                stack.callback(server.__exit__)
-                pipe.write(key(1) + b" first\n")
-                until(lambda: not select.select([pipe], [], [], 0)[0])  # it has read that
-                yield server, path, pipe
+        """Return a server that loads, and the path and the file of the pipe it reads."""
+        path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "data")
+        os.mkfifo(path)
+        pipe = self.enter(open(path, "r+b", 0))
+        server = Serving(path)
+        self.addCleanup(server.__exit__)
+        pipe.write(key(1) + b" first\n")
+        until(lambda: not select.select([pipe], [], [], 0)[0])  # it has read that
+        return server, path, pipe
 
-    def test_signals_end_a_load(self):
+    def test_signals_during_the_first_load(self):
+        """They end it, but SIGHUP causes a reload, once the data is there."""
         for how in (signal.SIGINT, signal.SIGTERM):
-            with self.subTest(how), self.loading() as (server, _, _):
-                self.assertEqual(server.stop(how), 0)
-                self.assertEqual(server.lines(), ["kv: stopped"])
+            server, _, _ = self.loading()
+            self.assertEqual(server.stop(how), 0)
+            self.assertEqual(server.lines(), ["kv: stopped"])
+        server, path, pipe = self.loading()
+        server.send_signal(signal.SIGHUP)
+        replace(path, key(1) + b" second\n")
+        pipe.close()
+        with server:
+            until(lambda: server.ask(key(1))[2] == b"second")
 
-    def test_a_hangup_during_the_first_load(self):
-        """It causes a reload, once the data is there."""
-        with self.loading() as (server, path, pipe):
-            server.send_signal(signal.SIGHUP)
-            replace(path, key(1) + b" second\n")
-            pipe.close()
-            with server, server.connect() as client:
-                until(lambda: client.ask(key(1))[2] == b"second")
-
-    @contextlib.contextmanager
-    def terminal_closed(self, *prefix):
-        """Yield a server whose terminal was closed, so that the system sent it SIGHUP."""
+    def on_terminal(self, *prefix):
+        """Return a server with a terminal of its own, and the terminal's other side."""
         master, slave = os.openpty()
-        with open(slave, "wb", 0), contextlib.ExitStack() as stack:
-            with open(master, "wb", 0):  # a session's first terminal becomes its own
-                to_open = 'exec "$@" 3<>' + os.ttyname(slave)
-                server = stack.enter_context(Serving(
-                    EXAMPLE, prefix=("sh", "-c", to_open, "sh") + prefix,
-                    stdout=subprocess.DEVNULL, start_new_session=True))
-            yield server
+        self.enter(open(slave, "wb", 0))
+        # A session's first terminal becomes its own.
+        prefix = ("sh", "-c", 'exec "$@" 3<>' + os.ttyname(slave), "sh") + prefix
+        terminal = self.enter(open(master, "wb", 0))
+        server = self.serve(prefix=prefix, stdout=subprocess.DEVNULL,
+                            start_new_session=True, limits={"HANGUP_SECONDS": 0})
+        return server, terminal
 
     @ON_LINUX
     def test_the_terminal_is_closed(self):
         """Then it ends, like any program there."""
-        with self.terminal_closed() as server:
-            self.assertEqual(server.process.wait(PATIENCE), 0)
-            until(lambda: server.lines()[-1] == "kv: stopped")
+        server, terminal = self.on_terminal()
+        terminal.close()  # the system sends SIGHUP
+        self.assertEqual(server.process.wait(PATIENCE), 0)
+        until(lambda: server.lines()[-1] == "kv: stopped")
 
     @ON_LINUX
     @ON_CPYTHON  # see Limitations
     def test_the_terminal_is_closed_under_nohup(self):
         """Then SIGHUP reloads."""
-        with self.terminal_closed("nohup") as server, server.connect() as client:
-            until(lambda: b"reloaded" in server.log)
-            self.assertEqual(client.ask(KEY)[2], VALUE)
-            self.assertEqual(server.stop(), 0)
+        server, terminal = self.on_terminal("nohup")
+        terminal.close()
+        until(lambda: b"reloaded" in server.log)
+        self.assertEqual(server.ask(KEY)[2], VALUE)
+        self.assertEqual(server.stop(), 0)
+
+    @ON_LINUX
+    def test_the_terminal_ends_without_a_signal(self):
+        """As it does for a shell's jobs in the background: later, SIGHUP reloads."""
+        shell = ("import os, sys\nif os.fork(): os.wait()\n"
+                 "os.setpgid(0, 0); os.execv(sys.argv[1], sys.argv[1:])")
+        server, terminal = self.on_terminal(sys.executable, "-c", shell)
+        job = proc(server.pid, "", f"task/{server.pid}/children")
+        self.addCleanup(lambda: b"stopped" in server.log or os.kill(job, signal.SIGKILL))
+        terminal.close()
+        self.assertEqual(server.process.wait(PATIENCE), -signal.SIGHUP)
+        time.sleep(0.5)  # some ticks
+        os.kill(job, signal.SIGHUP)
+        until(lambda: b"reloaded" in server.log)
+        os.kill(job, signal.SIGTERM)
+        until(lambda: b"stopped" in server.log)
 
 
 class SeveralKeys(WithExample):
@@ -2081,64 +2007,73 @@ class SeveralKeys(WithExample):
     LISTS = (  # path, status, body
         (KEY + b"," + OTHER_KEY, 200, LINE + OTHER_LINE),
         (OTHER_KEY.upper() + b"," + KEY, 200, OTHER_LINE + LINE),
-        (KEY + b"," + KEY + b"," + OTHER_KEY + b"," + KEY.upper(), 200, LINE + OTHER_LINE),
-        (ABSENT + b"," + KEY, 200, LINE),
-        (ABSENT + b"," + key(1), 200, b""),
+        (b",".join((KEY, KEY, OTHER_KEY, KEY.upper())), 200, LINE + OTHER_LINE),
+        (ABSENT + b"," + KEY, 200, LINE), (ABSENT + b"," + key(1), 200, b""),
         (KEY.replace(b"-", b"%2D") + b"," + OTHER_KEY + b"?x,y", 200, LINE + OTHER_LINE),
         (KEY + b",", 400, b"not a version 4 UUID\n"),
         (b"," + KEY, 400, b"not a version 4 UUID\n"),
-        (KEY + b"%2C" + KEY, 400, b"not a version 4 UUID\n"),
-        (KEY + b"," + KEY.replace(b"-4", b"-1"), 400, b"not a version 4 UUID\n"))
+        (KEY + b"%2C" + KEY, 400, b"not a version 4 UUID\n"))
 
     def test_lists(self):
-        with self.server.connect() as client:
-            for path, status, body in self.LISTS:
-                with self.subTest(path):
-                    self.assertEqual(client.ask(path)[::2], (status, body))
-                    got, fields, _ = client.ask(path, method="HEAD")
-                    self.assertEqual((got, fields["content-length"]), (status, str(len(body))))
+        client = self.server.connect()
+        for path, status, body in self.LISTS:
+            with self.subTest(path):
+                self.assertEqual(client.ask(path)[::2], (status, body))
+                got, fields, _ = client.ask(path, method="HEAD")
+                size = int(fields["content-length"])
+                self.assertEqual((got, size), (status, len(body)))
 
     def test_as_many_as_the_request_line_holds(self):
         with open(EXAMPLE, "rb") as file:
             lines = list(itertools.islice(file, 216))
-        with self.server.connect() as client:
-            status, _, body = client.ask(b",".join(line[:36] for line in lines[:215]))
-            self.assertEqual((status, body), (200, b"".join(lines[:215])))
-            self.assertEqual(client.ask(b",".join(line[:36] for line in lines))[0], 414)
+        status, _, body = self.server.ask(b",".join(line[:36] for line in lines[:215]))
+        self.assertEqual((status, body), (200, b"".join(lines[:215])))
+        self.assertEqual(self.server.ask(b",".join(line[:36] for line in lines))[0], 414)
 
     @ON_LINUX
     def test_large_answers_are_not_joined(self):
-        """20 clients that ask for 15 MB each, of which one takes them."""
-        lines = [key(n) + b" " + b"%d" % n * size + b"\n"
-                 for n, size in enumerate((5000000, 9, 5000000, 0, 5000000))]
+        """10 clients that ask for 15 MB each, of which one takes them."""
+        content = b"".join(key(n) + b" " + b"%d" % n * size + b"\n" for n, size
+                           in enumerate((5000000, 9, 5000000, 0, 5000000)))
         path = b",".join(map(key, range(5)))
         for options in ((), ("--sorted",)):
-            with self.subTest(options), data_file(b"".join(lines)) as file:
-                with Serving(file, *options) as server, contextlib.ExitStack() as stack:
-                    before = proc(server.pid, "VmRSS:")
-                    clients = [stack.enter_context(server.connect(receive_buffer=4096))
-                               for _ in range(19)] + [stack.enter_context(server.connect())]
-                    for client in clients:
-                        client.send(ask_for(path) + ask_for(key(3)))
-                    until(lambda: server.threads() == 21)
-                    if sys.implementation.name == "cpython":
-                        self.assertLess(proc(server.pid, "VmRSS:") - before, 10000)
-                    self.assertEqual(clients[-1].answer()[2], b"".join(lines))
-                    self.assertEqual(clients[-1].answer()[2], b"")
-                    until(lambda: server.threads() == 20)
+            server = self.serve(content, *options)
+            before = server.memory()
+            clients = [server.connect(receive_buffer=4096) for _ in range(9)]
+            clients.append(server.connect())
+            for client in clients:
+                client.send(ask_for(path) + ask_for(key(3)))
+            until(lambda: server.threads() == 11)
+            if sys.implementation.name == "cpython":
+                self.assertLess(server.memory() - before, 10000)
+            self.assertEqual(client.answer()[2], content)
+            self.assertEqual(client.answer()[2], b"")
+            until(lambda: server.threads() == 10)
+
+    def test_a_reload_in_the_middle_of_a_list(self):
+        """All lines are of the same data."""
+        def get(k):
+            value = server.data.pairs[k]
+            if value == b"old":
+                server.data.pairs = dict.fromkeys((KEY, OTHER_KEY), b"new")
+            return value
+
+        server = kv.Server.__new__(kv.Server)
+        server.data = unittest.mock.Mock(pairs=dict.fromkeys((KEY, OTHER_KEY), b"old"))
+        self.assertEqual(server.lines([KEY, OTHER_KEY], get),
+                         KEY + b" new\n" + OTHER_KEY + b" new\n")
 
     def test_get_many(self):
+        url = self.server.url
         pairs = dict(itertools.islice(example_pairs().items(), 1000))
         asked = [k.decode() for k in pairs] + [ABSENT.decode()]
-        found = kv.get_many(asked, self.server.url)
-        self.assertEqual(found, {k.decode(): value for k, value in pairs.items()})
+        found = {k.decode(): value for k, value in pairs.items()}
+        self.assertEqual(kv.get_many(asked, url), found)
         forms = [uuid.UUID(KEY.decode()), KEY.decode().upper(), "{%s}" % KEY.decode()]
-        self.assertEqual(kv.get_many(iter(forms), self.server.url), dict.fromkeys(forms, VALUE))
-        self.assertEqual(kv.get_many([], self.server.url), {})
-        for error, keys, url in ((ValueError, ["x"], self.server.url),
-                                 (OSError, asked, "http://127.0.0.1:1")):
-            with self.assertRaises(error):
-                kv.get_many(keys, url)
+        self.assertEqual(kv.get_many(iter(forms), url), dict.fromkeys(forms, VALUE))
+        self.assertEqual(kv.get_many([], url), {})
+        self.assertRaises(ValueError, kv.get_many, ["x"], url)
+        self.assertRaises(OSError, kv.get_many, asked, Get.CLOSED)
 
     def test_all_of_the_example(self):
         """As if asked for one by one: in the order asked, the same key twice."""
@@ -2151,180 +2086,142 @@ class SeveralKeys(WithExample):
 
     ALONE = (  # what a server answers to two keys together that is then asked one by one
         (400, b"not / and a version 4 UUID\n"), (414, b"too long\n"), (200, b"x" * 2000),
-        (200, KEY + b" " + VALUE), (200, key(1) + b" value\n"), (200, b"hello\n"))
+        (404, b"key not found\n"), (200, KEY + b" " + VALUE), (200, b"hello\n"),
+        (200, key(1) + b" value\n"))
 
     def test_servers_that_do_not_know_lists(self):
         self.addCleanup(setattr, kv, "TOGETHER_BYTES", kv.TOGETHER_BYTES)
         kv.TOGETHER_BYTES = 1000
-        for answer in self.ALONE:
-            asked = []
-
-            class Older(http.server.BaseHTTPRequestHandler):
-                def do_GET(self):
-                    asked.append(self.path)
-                    status, body = answer if "," in self.path else (200, self.path.encode())
-                    self.send_response(status)
-                    self.send_header("Content-Type", "text/plain")
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-
-                def log_message(self, *_):
-                    pass
-
-            names = [KEY.decode(), OTHER_KEY.decode()]
-            with self.subTest(answer), http.server.HTTPServer(("127.0.0.1", 0), Older) as old:
-                thread = threading.Thread(target=old.serve_forever, args=(0.01,))
-                thread.start()
-                try:
-                    url = "http://127.0.0.1:%d" % old.server_port
-                    self.assertEqual(kv.get_many(names, url),
-                                     {name: b"/" + name.encode() for name in names})
-                    self.assertEqual(asked, ["/" + ",".join(names)] + ["/" + n for n in names])
-                finally:
-                    old.shutdown()
-                    thread.join(PATIENCE)
+        names = [KEY.decode(), OTHER_KEY.decode()]
+        for status, body in self.ALONE:
+            answers = [(status, body), (200, VALUE), (200, OTHER_VALUE)]
+            with self.subTest(status=status, body=body), answering([
+                    b"HTTP/1.0 %d X\r\nContent-Length: %d\r\n\r\n%b" % (s, len(b), b)
+                    for s, b in answers]) as (url, asked):
+                found = kv.get_many(names, url)
+                self.assertEqual(found, dict(zip(names, (VALUE, OTHER_VALUE))))
+                self.assertEqual(asked, [",".join(names)] + names)
 
 
 @ON_POSIX
-class Sockets(unittest.TestCase):
+class Sockets(Test):
     """Sockets that servers share, and those that systemd hands down."""
 
-    HAND_DOWN = (  # what systemd does between fork and exec, with the socket as descriptor 4
+    HAND_DOWN = (  # what systemd does between fork and exec
         "import os, sys; os.dup2(int(sys.argv[1]), 3)\n"
         "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2])\n"
         "os.execv(sys.executable, [sys.executable] + sys.argv[3:])")
+    NO_STREAM = "descriptor 3 from systemd: not a stream socket that listens"
 
     def handed_down(self, handed, *arguments, count="1"):
-        """Return the command that serves on an open socket, and its keyword arguments."""
+        """Return how to serve on an open socket: the keyword arguments of Serving."""
         descriptor = handed.fileno()
         prefix = [sys.executable, "-c", self.HAND_DOWN, str(descriptor), count]
         serve = command("serve", *(arguments or (EXAMPLE,)))[1:]
-        return {"command_line": prefix + serve, "pass_fds": (descriptor,)}
+        return {"words": prefix + serve, "pass_fds": (descriptor,)}
 
-    @staticmethod
-    @contextlib.contextmanager
-    def listening(family=socket.AF_INET):
-        """Yield a listening socket and its address."""
-        with tempfile.TemporaryDirectory() as folder, socket.socket(family) as listener:
-            is_unix = family == socket.AF_UNIX
-            listener.bind(os.path.join(folder, "kv.sock") if is_unix else ("127.0.0.1", 0))
-            listener.listen(100)
-            yield listener, listener.getsockname()
+    def listening(self, family=socket.AF_INET):
+        """Return a listening socket and its address."""
+        address = ("127.0.0.1", 0)
+        if family == socket.AF_UNIX:
+            address = os.path.join(self.enter(tempfile.TemporaryDirectory()), "kv.sock")
+        listener = self.enter(socket.socket(family))
+        listener.bind(address)
+        listener.listen(100)
+        return listener, listener.getsockname()
 
-    def on_port(self, port):
-        return Serving(command_line=command(
-            "serve", EXAMPLE, "--reuse-port", "--port", str(port)))
+    def on_port(self, path, port):
+        return self.serve(words=command(
+            "serve", path, "--reuse-port", "--port", str(port)))
 
     def test_two_servers_on_one_port(self):
         """Both are asked, by new connections; one that does not share it is refused."""
-        with Serving(EXAMPLE, "--reuse-port") as one, data_file(KEY + b" other\n") as path:
-            with Serving(command_line=command(
-                    "serve", path, "--reuse-port", "--port", str(one.port))):
-                seen = set()
+        one = self.serve(EXAMPLE, "--reuse-port")
+        code, _, err = run("serve", EXAMPLE, "--port", str(one.port))
+        self.assertEqual(code, 1)
+        self.assertIn(b"Address already in use", err)
+        self.on_port(self.enter(data_file(KEY + b" other\n")), one.port)
+        seen = set()
+        until(lambda: seen.add(one.ask(KEY)[2]) or len(seen) == 2)
+        self.assertEqual(seen, {VALUE, b"other"})
 
-                def ask():
-                    with one.connect() as client:
-                        seen.add(client.ask(KEY)[2])
-                    return len(seen) == 2
-
-                until(ask)
-                self.assertEqual(seen, {VALUE, b"other"})
-        with Serving(EXAMPLE, "--reuse-port") as one:
-            code, out, err = run("serve", EXAMPLE, "--port", str(one.port))
-            self.assertEqual((code, out), (1, b""))
-            self.assertIn(b"Address already in use", err)
-
-    def test_a_rolling_restart(self):
-        with contextlib.ExitStack() as servers:
-            server = servers.enter_context(Serving(EXAMPLE, "--reuse-port"))
-            address = ("127.0.0.1", server.port)
-            with clients_asking(address, again=True) as answers:
-                for _ in range(3):
-                    old, server = server, servers.enter_context(self.on_port(server.port))
+    def test_restarts(self):
+        """With a port shared, or a socket handed down, none is refused or lost."""
+        listener, address = self.listening()
+        shared = self.serve(EXAMPLE, "--reuse-port")
+        down = self.serve(**self.handed_down(listener))
+        for server, where, is_kept, start in (
+                (shared, ("127.0.0.1", shared.port), True,
+                 lambda: self.on_port(EXAMPLE, shared.port)),
+                (down, address, False, lambda: self.serve(**self.handed_down(listener)))):
+            with clients_asking(where, again=True, is_kept=is_kept) as answers:
+                for _ in range(2):
+                    old = server
+                    if is_kept:
+                        server = start()
                     self.assertEqual(old.stop(), 0)
+                    if not is_kept:
+                        server = start()
                     answered = len(answers)
                     until(lambda: len(answers) > answered + 100)
             self.assertEqual(set(answers), {(KEY, 200, VALUE)})
 
     def test_who_waits_to_be_accepted_is_answered(self):
-        with Serving(EXAMPLE) as server, contextlib.ExitStack() as stack:
-            server.send_signal(signal.SIGSTOP)
-            clients = [stack.enter_context(server.connect()) for _ in range(50)]
-            for client in clients:
-                client.send(GET_KEY)
-            server.send_signal(signal.SIGTERM)
-            server.send_signal(signal.SIGCONT)
-            for client in clients:
-                self.assertEqual(client.answer()[::2], (200, VALUE))
-            self.assertEqual(server.process.wait(PATIENCE), 0)
+        server = self.serve()
+        server.send_signal(signal.SIGSTOP)
+        clients = [server.connect() for _ in range(50)]
+        for client in clients:
+            client.send(GET_KEY)
+        server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGCONT)
+        for client in clients:
+            self.assertEqual(client.answer()[::2], (200, VALUE))
+        self.assertEqual(server.process.wait(PATIENCE), 0)
 
     def test_a_socket_that_is_handed_down(self):
-        for family, place in ((socket.AF_INET, "http://127.0.0.1:%d"),
-                              (socket.AF_UNIX, "unix:%s")):
-            with self.subTest(family), self.listening(family) as (listener, address):
-                how = self.handed_down(listener, EXAMPLE, "--verbose", "--port", "1")
-                with Serving(**how) as server, Client(address) as client:
-                    if family == socket.AF_INET:
-                        address = address[1]
-                    self.assertEqual(server.url, place % address)
-                    self.assertEqual(client.ask(KEY)[2], VALUE)
-                    until(lambda: len(server.lines()) == 2)
-                    host = "127.0.0.1" if family == socket.AF_INET else "unix:"
-                    self.assertTrue(server.lines()[1].startswith(host + " - - ["))
-                    self.assertEqual(server.stop(), 0)
-
-    def test_restarts_on_a_socket_that_is_handed_down(self):
-        """Each answer on a connection of its own: none is refused, none is lost."""
-        with self.listening() as (listener, address), contextlib.ExitStack() as servers:
-            server = servers.enter_context(Serving(**self.handed_down(listener)))
-            with clients_asking(address, again=True, is_kept=False) as answers:
-                for _ in range(3):
-                    self.assertEqual(server.stop(), 0)
-                    server = servers.enter_context(Serving(**self.handed_down(listener)))
-                    answered = len(answers)
-                    until(lambda: len(answers) > answered + 100)
-            self.assertEqual(set(answers), {(KEY, 200, VALUE)})
+        for family, place, host in ((socket.AF_INET, "http://127.0.0.1:%d", "127.0.0.1"),
+                                    (socket.AF_UNIX, "unix:%s", "unix:")):
+            listener, address = self.listening(family)
+            server = self.serve(
+                **self.handed_down(listener, EXAMPLE, "--verbose", "--port", "1"))
+            with contextlib.closing(Client(address)) as client:
+                self.assertEqual(client.ask(KEY)[2], VALUE)
+            if family == socket.AF_INET:
+                address = address[1]
+            self.assertEqual(server.url, place % address)
+            until(lambda: len(server.lines()) == 2)
+            self.assertTrue(server.lines()[1].startswith(host + " - - ["))
+            self.assertEqual(server.stop(), 0)
 
     def test_what_cannot_be_handed_down(self):
-        with open(EXAMPLE, "rb") as file, socket.socket() as idle, self.listening() as (good, _):
-            with socket.socket(type=socket.SOCK_DGRAM) as datagrams:
-                for handed, count, said in (
-                        (good, "2", "LISTEN_FDS is '2', but must be 1: one socket"),
-                        (good, "x", "LISTEN_FDS is 'x', but must be 1: one socket"),
-                        (file, "1", "descriptor 3 from systemd: Socket operation on non-socket"),
-                        (idle, "1", "descriptor 3 from systemd: not a stream socket that listens"),
-                        (datagrams, "1",
-                         "descriptor 3 from systemd: not a stream socket that listens")):
-                    with self.subTest(said):
-                        how = self.handed_down(handed, count=count)
-                        done = subprocess.run(
-                            how["command_line"], pass_fds=how["pass_fds"], timeout=PATIENCE,
-                            stderr=subprocess.PIPE, env=environment())
-                        self.assertEqual((done.returncode, done.stderr.decode()),
-                                         (1, "kv: %s\n" % said))
-        with Serving(EXAMPLE, env=environment(LISTEN_PID="1", LISTEN_FDS="1")) as server:
-            with server.connect() as client:  # the socket is for another process
-                self.assertEqual(client.ask(KEY)[2], VALUE)
+        file, idle = self.enter(open(EXAMPLE, "rb")), self.enter(socket.socket())
+        datagrams = self.enter(socket.socket(type=socket.SOCK_DGRAM))
+        for handed, count, said in (
+                (idle, "2", "LISTEN_FDS is '2', but must be 1: one socket"),
+                (idle, "x", "LISTEN_FDS is 'x', but must be 1: one socket"),
+                (file, "1", "descriptor 3 from systemd: Socket operation on non-socket"),
+                (idle, "1", self.NO_STREAM), (datagrams, "1", self.NO_STREAM)):
+            how = self.handed_down(handed, count=count)
+            got = finished(how["words"], pass_fds=how["pass_fds"])
+            self.assertEqual(got, (1, b"", b"kv: %b\n" % said.encode()))
+        server = self.serve(env=environment(LISTEN_PID="1", LISTEN_FDS="1"))
+        self.assertEqual(server.ask(KEY)[2], VALUE)  # the socket is for another process
 
     @unittest.skipUnless(shutil.which("systemd-socket-activate"), "needs systemd")
     def test_systemd_socket_activate(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "kv.sock")
-            process = subprocess.Popen(
-                ["systemd-socket-activate", "-l", path] + command("serve", EXAMPLE),
-                stderr=subprocess.PIPE, env=environment())
-            try:
-                until(lambda: os.path.exists(path))
-                with Client(path) as client:  # this starts it
-                    self.assertEqual(client.ask(KEY)[2], VALUE)
-                    process.terminate()
-                    log = process.communicate(timeout=PATIENCE)[1]
-                self.assertEqual(process.returncode, 0)
-                self.assertIn(b" s, on unix:" + path.encode(), log)
-            finally:
-                process.kill()
-                process.wait(PATIENCE)
+        path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "kv.sock")
+        process = self.enter(subprocess.Popen(
+            ["systemd-socket-activate", "-l", path] + command("serve", EXAMPLE),
+            stderr=subprocess.PIPE, env=environment()))
+        self.addCleanup(process.kill)
+        until(lambda: os.path.exists(path))
+        client = Client(path)
+        self.addCleanup(client.close)
+        self.assertEqual(client.ask(KEY)[2], VALUE)  # this starts it
+        process.terminate()
+        log = process.communicate(timeout=PATIENCE)[1]
+        self.assertEqual(process.returncode, 0)
+        self.assertIn(b" s, on unix:" + path.encode(), log)
 
 
 class Commands(WithExample):
@@ -2336,24 +2233,24 @@ class Commands(WithExample):
         Arguments have one space between them. How: `stdin`, redirections for `sh`, and
         variables of the environment. $KEY and others are filled in.
         """
-        names = {"KEY": KEY.decode(), "OTHER": OTHER_KEY.decode(), "ABSENT": ABSENT.decode(),
-                 "FILE": EXAMPLE, "URL": self.server.url, "PORT": str(self.server.port)}
+        names = {"KEY": KEY.decode(), "OTHER": OTHER_KEY.decode(), "FILE": EXAMPLE,
+                 "ABSENT": ABSENT.decode(), "URL": self.server.url,
+                 "PORT": str(self.server.port)}
 
         def fill(text):
             return re.sub(r"\$([A-Z]+)", lambda name: names[name.group(1)], text)
 
         def work(arguments, code, out, err, how={}):
-            how = {name: fill(text) for name, text in dict({"KV_URL": "$URL"}, **how).items()}
+            how = dict({"KV_URL": "$URL"}, **how)
+            how = {name: fill(text) for name, text in how.items()}
             words = command(*map(fill, arguments.split(" ") if arguments else []))
             if "sh" in how:
                 words = ["sh", "-c", 'exec "$@" ' + how.pop("sh"), "sh"] + words
-            return finished(words, as_bytes(how.pop("stdin", "")), **how)
+            got = finished(words, as_bytes(how.pop("stdin", "")), **how)
+            self.assertEqual(got[:2], (code, out), got)
+            self.assertRegex(got[2].decode(), saying(fill(err)))
 
-        for (arguments, code, out, err, *how), running in side_by_side(work, rows):
-            with self.subTest(arguments=arguments, how=how):
-                got = running.result()
-                self.assertEqual(got[:2], (code, out), got)
-                self.assertRegex(got[2].decode(), saying(fill(err)))
+        self.side_by_side(work, rows)
 
 
 def like(text):
@@ -2362,8 +2259,30 @@ def like(text):
 
 
 def saying(text):
-    """Return a pattern of messages, one for each line of `text`, which is as in `like`."""
-    return r"\A%s\Z" % "".join("kv: %s\n" % like(line) for line in text.split("\n") if line)
+    """Return a pattern of messages, one for each line of `text`, as `like` takes it."""
+    return r"\A%s\Z" % "".join("kv: %s\n" % like(line) for line in text.splitlines())
+
+
+@contextlib.contextmanager
+def answering(answers):
+    """Yield the URL of a server that gives one of `answers` after the other, whatever it
+    is asked, and a list of the paths that it was asked for.
+    """
+    def answer_all():
+        for answer in answers:
+            with listener.accept()[0] as client, contextlib.suppress(OSError):
+                client.settimeout(PATIENCE)
+                asked.append(client.recv(9999).split()[1][1:].decode())
+                client.sendall(answer)
+
+    asked = []
+    with socket.socket() as listener, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(10)
+        listener.settimeout(PATIENCE)
+        running = pool.submit(answer_all)
+        yield "http://127.0.0.1:%d" % listener.getsockname()[1], asked
+        running.result(PATIENCE)
 
 
 class Get(Commands):
@@ -2373,8 +2292,8 @@ class Get(Commands):
     MISSING, NONSENSE = "$ABSENT: not found\n", "nonsense: not a UUID\n"
     VERSION_1 = "3479d894-3271-1935-88cf-a06f3cbb80a5"
     CLOSED = "http://127.0.0.1:1"
-    NOBODY = ("cannot ask %s: Connection refused; start a server with `python kv.py serve "
-              "FILE`, or name another with --url" % CLOSED)
+    NOBODY = ("cannot ask %s: Connection refused; start a server with "
+              "`python kv.py serve FILE`, or name another with --url" % CLOSED)
     ROWS = (  # arguments after `get`, exit code, values, messages, how to run it
         ("$KEY", 0, V, ""), (KEY.decode().upper(), 0, V, ""), ("{$KEY}", 0, V, ""),
         ("urn:uuid:$KEY", 0, V, ""), (KEY.decode().replace("-", ""), 0, V, ""),
@@ -2384,15 +2303,17 @@ class Get(Commands):
         ("-", 0, O, "", {"stdin": "\n\r\n$OTHER\r\n\n"}),
         ("-", 2, V, "*: not a UUID", {"stdin": "\xff\xfe\n$KEY"}),
         ("$ABSENT", 1, b"", MISSING), ("$ABSENT $KEY $ABSENT", 1, V, MISSING * 2),
-        ("nonsense $KEY", 2, V, NONSENSE), ("nonsense $ABSENT", 2, b"", NONSENSE + MISSING),
-        ("$ABSENT nonsense", 2, b"", MISSING + NONSENSE), ("", 2, b"", ": not a UUID"),
+        ("nonsense $KEY", 2, V, NONSENSE), ("", 2, b"", ": not a UUID"),
+        ("nonsense $ABSENT", 2, b"", NONSENSE + MISSING),
+        ("$ABSENT nonsense", 2, b"", MISSING + NONSENSE),
         (VERSION_1, 2, b"", VERSION_1 + ": a UUID, but not of version 4"),
         ("a\x1bb\nc", 2, b"", r"a\x1bb\nc: not a UUID"),
         ("nonsense", 2, b"", NONSENSE, {"KV_URL": CLOSED}),
         ("$KEY", 2, b"", NOBODY, {"KV_URL": CLOSED}),
         ("--url %s $KEY $KEY" % CLOSED, 2, b"", NOBODY),
         ("$KEY --url http://a..b", 2, b"", "cannot ask http://a..b: *"),
-        ("$KEY --url http://no.host.invalid", 2, b"", "cannot ask http://no.host.invalid: *"),
+        ("$KEY --url http://no.host.invalid", 2, b"",
+         "cannot ask http://no.host.invalid: *"),
         ("$KEY", 2, b"", "--url: 127.0.0.1:80: add http://*", {"KV_URL": "127.0.0.1:80"}),
         ("$KEY --url $URL/", 0, V, "", {"KV_URL": CLOSED}),
         ("$KEY", 0, V, "", {"http_proxy": CLOSED}),
@@ -2403,14 +2324,16 @@ class Get(Commands):
         ("$KEY --url http://kv.example", 2, b"",
          "cannot ask http://kv.example through the proxy 127.0.0.1:1: Connection refused",
          {"http_proxy": "http://me:secret@127.0.0.1:1"}),
-        ("$KEY --url https://127.0.0.1:$PORT", 2, b"",
-         "cannot ask https://127.0.0.1:$PORT: the server does not speak TLS; use http://"),
+        ("$KEY --url https://127.0.0.1:$PORT", 2, b"", "cannot ask "
+         "https://127.0.0.1:$PORT: the server does not speak TLS; use http://"),
         ("$KEY --url $URL/below", 2, b"",
          "$URL/below answered 400 Bad Request: not a version 4 UUID"))
     STREAMS = (  # the same, but with `get`
         ("get $KEY", 2, b"", "standard output is closed", {"sh": ">&-"}),
-        ("get $KEY", 2, b"", "standard output: No space left on device", {"sh": ">/dev/full"}),
-        ("get $KEY", 0, V, "", {"sh": "2>&-"}), ("get $ABSENT", 1, b"", "", {"sh": "2>/dev/full"}),
+        ("get $KEY", 2, b"", "standard output: No space left on device",
+         {"sh": ">/dev/full"}),
+        ("get $KEY", 0, V, "", {"sh": "2>&-"}),
+        ("get $ABSENT", 1, b"", "", {"sh": "2>/dev/full"}),
         ("get -", 2, b"", "standard input is closed", {"sh": "<&-"}),
         ("serve - --port 0", 1, b"", "standard input: closed", {"sh": "<&-"}))
 
@@ -2418,6 +2341,7 @@ class Get(Commands):
     TWO = OK + b"Content-Length: 2\r\n"
     LENGTH = "cannot ask URL: missing, repeated or malformed Content-Length"
     CODING = "cannot ask URL: unexpected Content-Encoding or Transfer-Encoding"
+    MOVED = b"HTTP/1.1 %b\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n"
     STRANGE = (  # what something else answers, and what is said of it
         (b"", "cannot ask URL: the connection was closed without an answer"),
         (b"SSH-2.0-x\r\n", "cannot ask URL: not an HTTP server: SSH-2.0-x"),
@@ -2427,11 +2351,10 @@ class Get(Commands):
         (b"HTTP/1.1 404 Not Found\r\n\r\n<html>", "URL answered 404 Not Found: <html>"),
         (b"HTTP/1.1 404 Not Found\r\nServer: kv/2.0\r\nContent-Length: 3\r\n\r\nno\n",
          "URL answered 404 Not Found: no"),
-        (b"HTTP/1.1 404 No\r\n\r\n" + b"x" * 9000, "URL answered 404 No: %s..." % ("x" * 192)),
-        (b"HTTP/1.1 301 Moved\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
-         "URL answered 301 Moved: "),
-        (b"HTTP/1.1 302 Found\r\nLocation: ftp://kv/\r\nContent-Length: 0\r\n\r\n",
-         "URL answered 302 Found: "),
+        (b"HTTP/1.1 404 No\r\n\r\n" + b"x" * 9000,
+         "URL answered 404 No: %s..." % ("x" * 192)),
+        (MOVED % (b"301 Moved", b"http://127.0.0.1:1/"), "URL answered 301 Moved: "),
+        (MOVED % (b"302 Found", b"ftp://kv/"), "URL answered 302 Found: "),
         (b"HTTP/1.1 204 None\r\n\r\n", "cannot ask URL: unexpected status 204 None"),
         (b"HTTP/1.1 206 Part\r\nContent-Length: 2\r\n\r\nab",
          "cannot ask URL: unexpected status 206 Part"),
@@ -2441,7 +2364,8 @@ class Get(Commands):
         (TWO + b"Content-Length: 3\r\n\r\nabc", LENGTH),
         (OK + b"Content-Length: 2, 2\r\n\r\nab", LENGTH),
         (OK + b"Content-Length: -2\r\n\r\nab", LENGTH),
-        (OK + b"Content-Length: 9\r\n\r\nshort", "cannot ask URL: the answer ended 4 bytes early"),
+        (OK + b"Content-Length: 9\r\n\r\nshort",
+         "cannot ask URL: the answer ended 4 bytes early"),
         (OK + b"Content-Length: 10000000000000\r\n\r\n" + b"x" * 100000,
          "URL answered with 10000000000000 bytes, which is too much"),
         (TWO + b"Content-Encoding: gzip\r\n\r\nab", CODING),
@@ -2457,65 +2381,41 @@ class Get(Commands):
         self.expect(self.STREAMS)
 
     def test_answers_that_are_not_from_kv(self):
-        def answer_all():
-            for _ in self.STRANGE:
-                with listener.accept()[0] as client, contextlib.suppress(OSError):
-                    client.settimeout(PATIENCE)
-                    number = client.recv(1000).split(b"/")[1]
-                    client.sendall(self.STRANGE[int(number)][0])
+        def is_told(answer, said):
+            with answering([answer]) as (url, _):
+                code, out, err = run("get", KEY, "--url", url)
+            self.assertEqual((code, out), (2, b""))
+            self.assertRegex(err.decode().replace(url, "URL"), saying(said))
 
-        with socket.socket() as listener, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(10)
-            listener.settimeout(PATIENCE)
-            answering = pool.submit(answer_all)
-            place = "http://127.0.0.1:%d/" % listener.getsockname()[1]
-            asked = side_by_side(lambda number: run("get", KEY, "--url", place + str(number)),
-                                 ((number,) for number in range(len(self.STRANGE))))
-            for (number,), running in asked:
-                with self.subTest(self.STRANGE[number]):
-                    code, out, err = running.result()
-                    self.assertEqual((code, out), (2, b""))
-                    err = err.decode().replace(place + str(number), "URL")
-                    self.assertRegex(err, saying(self.STRANGE[number][1]))
-            answering.result(PATIENCE)
+        self.side_by_side(is_told, self.STRANGE)
 
     def test_a_server_that_does_not_answer(self):
-        with socket.socket() as silent:
-            silent.bind(("127.0.0.1", 0))
-            silent.listen(1)
-            url = "http://127.0.0.1:%d" % silent.getsockname()[1]
-            self.expect([("get $KEY --timeout 0.2 --url " + url, 2, b"",
-                          "cannot ask %s: no answer within 0.2 s" % url)])
-
-    @contextlib.contextmanager
-    def asking(self):
-        """Yield a `get -` that has printed the value of its first key."""
-        with subprocess.Popen(
-                command("get", "-", "--url", self.server.url), env=environment(), bufsize=0,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            try:
-                process.stdin.write(KEY + b"\n")
-                self.assertTrue(select.select([process.stdout], [], [], PATIENCE)[0])
-                self.assertEqual(process.stdout.read(1000), self.V)
-                yield process
-            finally:
-                process.kill()
+        silent = self.enter(socket.socket())
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(1)
+        url = "http://127.0.0.1:%d" % silent.getsockname()[1]
+        self.expect([("get $KEY $OTHER --timeout 0.2 --url " + url, 2, b"",
+                      "cannot ask %s: no answer within 0.2 s" % url)])
 
     @ON_POSIX
-    def test_a_reader_that_has_enough(self):
-        """Like `kv.py get ... | head -1`: the pipe is closed before the second value comes."""
-        with self.asking() as process:
-            process.stdout.close()
-            process.stdin.write((KEY + b"\n") * 3)
-            process.stdin.close()
-            self.assertEqual((process.wait(PATIENCE), process.stderr.read()), (0, b""))
-
-    @ON_POSIX
-    def test_interrupted_get(self):
-        with self.asking() as process:
-            process.send_signal(signal.SIGINT)
-            self.assertEqual((process.wait(PATIENCE), process.stderr.read()), (130, b""))
+    def test_a_get_that_waits_for_more_keys(self):
+        """It ends in silence if its reader has enough, or after Ctrl-C."""
+        for how, code in ((None, 0), (signal.SIGINT, 130)):
+            process = self.enter(subprocess.Popen(
+                command("get", "-", "--url", self.server.url), env=environment(),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                bufsize=0))
+            self.addCleanup(process.kill)
+            process.stdin.write(KEY + b"\n")
+            self.assertTrue(select.select([process.stdout], [], [], PATIENCE)[0])
+            self.assertEqual(process.stdout.read(1000), self.V)
+            if how:
+                process.send_signal(how)
+            else:  # like `kv.py get ... | head -1`
+                process.stdout.close()
+                process.stdin.write((KEY + b"\n") * 3)
+                process.stdin.close()
+            self.assertEqual((process.wait(PATIENCE), process.stderr.read()), (code, b""))
 
     def test_as_a_module(self):
         k, url = KEY.decode(), self.server.url
@@ -2538,45 +2438,47 @@ def has_ipv6():
 class CommandLine(Commands):
     """Options, messages and exit codes of the command."""
 
+    UNKNOWN = "unrecognized arguments: "
+    COUNT, PORT = " is not between 1 and 1000000", " is not between 0 and 65535"
+    QUERY = "a query or a fragment is not allowed"
     WRONG = (  # arguments, and what is said of them before "(see kv.py COMMAND --help)"
         ("", "the following arguments are required: serve | get"),
         ("fetch", "fetch: neither serve nor get"),
         ("$FILE", "did you mean `kv.py serve $FILE`?"),
         ("$KEY", "did you mean `kv.py get $KEY`?"),
-        ("--verbose serve $FILE", "unrecognized arguments: --verbose"),
+        ("--verbose serve $FILE", UNKNOWN + "--verbose"),
         ("serve", "the following arguments are required: FILE"),
-        ("serve $FILE b", "unrecognized arguments: b"),
-        ("serve $FILE --prot 1", "unrecognized arguments: --prot 1"),
-        ("serve $FILE --port 99999", "--port: 99999 is not between 0 and 65535"),
-        ("serve $FILE --port -1", "--port: -1 is not between 0 and 65535"),
-        ("serve $FILE --port http", "--port: http is not between 0 and 65535"),
-        ("serve $FILE --max-connections 0",
-         "--max-connections: 0 is not between 1 and 1000000"),
+        ("serve $FILE b", UNKNOWN + "b"), ("serve $FILE --prot 1", UNKNOWN + "--prot 1"),
+        ("serve $FILE --port 99999", "--port: 99999" + PORT),
+        ("serve $FILE --port -1", "--port: -1" + PORT),
+        ("serve $FILE --port http", "--port: http" + PORT),
+        ("serve $FILE --max-connections 0", "--max-connections: 0" + COUNT),
         ("serve - --sorted", "--sorted is for files, not for standard input or a pipe"),
-        ("serve - --sorted --no-check", "--sorted is for files, *"),
+        ("serve /dev/null --sorted", "--sorted is for files, *"),
         ("serve $FILE --no-check", "--no-check requires --sorted"),
         ("get", "the following arguments are required: KEY"),
         ("get $KEY --url localhost:80", "--url: localhost:80: add http:// before it"),
-        ("get $KEY --url 127.0.0.1:8000", "--url: 127.0.0.1:8000: add http:// before it"),
         ("get $KEY --url ftp://kv", "--url: ftp://kv: the scheme must be http or https"),
-        ("get $KEY --url file:///etc/passwd", "--url: *: the scheme must be http or https"),
-        ("get $KEY --url http://kv#x", "--url: *: a query or a fragment is not allowed"),
-        ("get $KEY --url http://kv?x", "--url: *: a query or a fragment is not allowed"),
+        ("get $KEY --url file:///x", "--url: file:///x: the scheme must be *"),
+        ("get $KEY --url http://kv#x", "--url: http://kv#x: " + QUERY),
+        ("get $KEY --url http://kv?x", "--url: http://kv?x: " + QUERY),
         ("get $KEY --url http://me@kv",
          "--url: http://me@kv: user names and passwords are not supported"),
         ("get $KEY --url http://", "--url: http://: the host is missing"),
-        ("get $KEY --url http://h:73536", "--url: *: the port must be a number from 1 to 65535"),
-        ("get $KEY --url http://h:port", "--url: http://h:port: the port must be a number *"),
+        ("get $KEY --url http://h:73536",
+         "--url: http://h:73536: the port must be a number from 1 to 65535"),
+        ("get $KEY --url http://h:port", "--url: http://h:port: the port must be a *"),
         ("get $KEY --url http://h:00", "--url: http://h:00: the port must be a number *"),
         ("get $KEY --url http://[::1", "--url: *"),
-        ("get $KEY --timeout 0", "--timeout: 0 is not above 0 and at most 1000000 seconds"),
-        ("get $KEY --timeout -1", "--timeout: -1 is not above 0 *"),
+        ("get $KEY --timeout 0",
+         "--timeout: 0 is not above 0 and at most 1000000 seconds"),
         ("get $KEY --timeout nan", "--timeout: nan is not above 0 *"),
         ("get $KEY --timeout 1e10", "--timeout: 1e+10 is not above 0 *"),
         ("get $KEY --timeout x", "--timeout: *'x'"))
     CANNOT_LISTEN = (  # where, and why it is said to be impossible
         ("no.host.invalid:8000", "*"), ("a..b:8000", "not a valid host name"),
-        ("203.0.113.1:8000", "Can* assign requested address"), ("[2001:db8::1]:8000", "*"),
+        ("203.0.113.1:8000", "Can* assign requested address"),
+        ("[2001:db8::1]:8000", "*"),
         ("127.0.0.1:$PORT", "Address already in use (--port takes another)"))
     HELP = (  # arguments, what is among the output
         ("--help", "serve", "get", "--version"), ("--version", "kv " + kv.__version__),
@@ -2586,54 +2488,53 @@ class CommandLine(Commands):
         ("127.0.0.1", "127.0.0.1", "127.0.0.1"), ("localhost", "localhost", "localhost"),
         ("0.0.0.0", "0.0.0.0", "127.0.0.1"), ("::1", "[::1]", "[::1]"),
         ("[::1]", "[::1]", "[::1]"), ("::", "[::]", "[::1]", "127.0.0.1"))
-    REQUESTS = (  # method, path, the end of the line in the log, where * stands for anything
+    REQUESTS = (  # method, path, the end of the line in the log, where * is anything
         ("GET", KEY, 'GET /%s HTTP/1.1" 200 15' % KEY.decode()),
         ("HEAD", KEY, 'HEAD /%s HTTP/1.1" 200 0' % KEY.decode()),
         ("GET", b"\x1b[2J\"\\\x7f\xe9", r'GET /\x1b[2J\"\\\x7f\xe9 HTTP/1.1" 400 *'),
         ("GET", b"x" * 7900, 'GET /xxx*x" 400 21'))
-    PROGRESS = (  # TERM, PROGRESS_SECONDS, FILE, its name, what is shown before it is served
-        ("xterm", 0, "-", "standard input", rb"(\r\x1b\[K\? % read, \d+ pairs, \d+ a second)+"
-                                            rb"\r\x1b\[K"),
-        ("xterm", 0, EXAMPLE, EXAMPLE, rb"(\r\x1b\[K\d+ % read, \d+ pairs, \d+ a second)+"
-                                       rb"\r\x1b\[K"),
-        ("xterm", 1000, "-", "standard input", b""), ("dumb", 0, "-", "standard input", b""))
+    SHOWN = rb"(\r\x1b\[K%b %% read, \d+ pairs, \d+ a second)+\r\x1b\[K"
+    PROGRESS = (  # TERM, PROGRESS_SECONDS, FILE, its name, what is shown at first
+        ("xterm", 0, "-", "standard input", SHOWN % rb"\?"),
+        ("xterm", 0, EXAMPLE, EXAMPLE, SHOWN % rb"\d+"),
+        ("xterm", 1000, "-", "standard input", b""),
+        ("dumb", 0, "-", "standard input", b""))
 
     def test_wrong_usage(self):
         def page(arguments):
             return "".join(re.findall("serve |get ", arguments + " "))
 
-        self.expect((arguments, 2, b"", "%s (see kv.py %s--help)" % (said, page(arguments)))
-                    for arguments, said in self.WRONG)
+        self.expect((line, 2, b"", "%s (see kv.py %s--help)" % (said, page(line)))
+                    for line, said in self.WRONG)
 
     def test_what_cannot_be_listened_on(self):
         """That is found out before anything is loaded."""
-        self.expect(("serve /no/such/file --host %s --port %s" % tuple(place.rsplit(":", 1)), 1,
-                     b"", "cannot listen on %s: %s" % (place, why))
+        self.expect(("serve /no/such/file --host %s --port %s" % tuple(
+            place.rsplit(":", 1)), 1, b"", "cannot listen on %s: %s" % (place, why))
                     for place, why in self.CANNOT_LISTEN)
 
     def test_help_and_version(self):
-        for (arguments, *words), running in side_by_side(
-                lambda arguments, *_: run(*arguments.split()), self.HELP):
-            with self.subTest(arguments):
-                code, out, err = running.result()
-                self.assertEqual((code, err), (0, b""))
-                for word in words:
-                    self.assertIn(word, out.decode())
+        for arguments, *words in self.HELP:
+            code, out, err = run(*arguments.split())
+            self.assertEqual((code, err), (0, b""))
+            for word in words:
+                self.assertIn(word, out.decode())
 
     def test_the_log(self):
         """With times, and with --verbose in Common Log Format: long lines are cut."""
-        time_, date = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[-+]\d\d:\d\d", r"\d\d/[A-Z][a-z]{2}/\d{4}"
-        ready = time_ + r" kv: 10000 pairs of %s in \d+\.\d\d s, on http://127\.0\.0\.1:\d+"
-        request = r'127\.0\.0\.1 - - \[%s:\d\d:\d\d:\d\d [-+]\d{4}\] "' % date
+        moment = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[-+]\d\d:\d\d"
+        ready = r" kv: 10000 pairs of %s in \d+\.\d\d s, on http://127\.0\.0\.1:\d+"
+        request = (r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d '
+                   r'[-+]\d{4}\] "')
         for options, requests in (((), ()), (("--verbose",), self.REQUESTS)):
-            with Serving(EXAMPLE, *options) as server:
-                for method, path, _ in self.REQUESTS:
-                    with server.connect() as client:
-                        client.ask(path, method=method)
-                self.assertEqual(server.stop(), 0)
+            server = self.serve(EXAMPLE, *options)
+            for method, path, _ in self.REQUESTS:
+                server.ask(path, method=method)
+            self.assertEqual(server.stop(), 0)
             lines = server.log.decode("ascii").splitlines()
-            patterns = [ready % re.escape(EXAMPLE), *(request + like(end) for *_, end in requests),
-                        time_ + " kv: stopped"]
+            patterns = [moment + ready % re.escape(EXAMPLE),
+                        *(request + like(end) for *_, end in requests),
+                        moment + " kv: stopped"]
             self.assertEqual(len(lines), len(patterns))
             for line, pattern in zip(lines, patterns):
                 self.assertRegex(line, r"\A%s\Z" % pattern)
@@ -2649,82 +2550,76 @@ class CommandLine(Commands):
 
         for term, seconds, path, name, progress in self.PROGRESS:
             shown, (terminal, stderr) = b"", os.openpty()
-            with self.subTest(term=term, seconds=seconds, path=path), contextlib.ExitStack() as stack:
-                stack.callback(os.close, terminal)
-                stack.callback(os.close, stderr)
-                server = Serving(
-                    path, limits={"PROGRESS_SECONDS": seconds}, env=environment(TERM=term),
-                    prefix=("sh", "-c", 'exec "$@" 2>' + os.ttyname(stderr), "sh"),
-                    stdin=subprocess.PIPE)
-                stack.callback(server.__exit__)
-                with server.process.stdin as stdin:
-                    stdin.write(b"".join(key(n) + b" v\n" for n in range(1000)))
-                until(lambda: shows(b" on http://"))
-                self.assertEqual(server.stop(), 0)
-                until(lambda: shows(b"stopped\r\n"))
-                self.assertRegex(shown, rb"\A%b\Z" % (
-                    progress + rb"kv: \d+ pairs of %b in \d+\.\d\d s, on http://127.0.0.1:\d+\r\n"
-                    rb"kv: stopped\r\n" % re.escape(name).encode()))
+            self.addCleanup(os.close, terminal)
+            self.addCleanup(os.close, stderr)
+            server = Serving(
+                path, limits={"PROGRESS_SECONDS": seconds}, env=environment(TERM=term),
+                prefix=("sh", "-c", 'exec "$@" 2>' + os.ttyname(stderr), "sh"),
+                stdin=subprocess.PIPE)
+            self.addCleanup(server.__exit__)
+            with server.process.stdin as stdin:
+                stdin.write(b"".join(key(n) + b" v\n" for n in range(1000)))
+            until(lambda: shows(b" on http://"))
+            self.assertEqual(server.stop(), 0)
+            until(lambda: shows(b"stopped\r\n"))
+            self.assertRegex(shown, rb"\A%b\Z" % (
+                progress + rb"kv: \d+ pairs of %b in \d+\.\d\d s, on http://\S+\r\n"
+                rb"kv: stopped\r\n" % re.escape(name).encode()))
 
     def test_hosts(self):
         def serves(host, shown, *names):
-            with Serving(EXAMPLE, "--host", host) as server:
-                self.assertEqual(server.url, "http://%s:%d" % (shown, server.port))
-                for name in names:
-                    url = "http://%s:%d" % (name, server.port)
-                    self.assertEqual(run("get", KEY, "--url", url), (0, VALUE + b"\n", b""))
+            server = self.serve(EXAMPLE, "--host", host)
+            self.assertEqual(server.url, "http://%s:%d" % (shown, server.port))
+            for name in names:
+                url = "http://%s:%d" % (name, server.port)
+                self.assertEqual(run("get", KEY, "--url", url), (0, VALUE + b"\n", b""))
 
-        rows = self.HOSTS if has_ipv6() else self.HOSTS[:3]
-        for (host, *_), running in side_by_side(serves, rows):
-            with self.subTest(host):
-                running.result()
+        self.side_by_side(serves, self.HOSTS if has_ipv6() else self.HOSTS[:3])
 
     @ON_LINUX
-    @unittest.skipUnless(shutil.which("strace"), "needs strace")
+    @NEEDS_STRACE
     @unittest.skipUnless(has_ipv6(), "needs IPv6")
     def test_where_ipv6_cannot_be_without_ipv4(self):
-        """As on OpenBSD: only `::` needs that option of the socket, and fails without it."""
+        """As on OpenBSD: only `::` needs that option of the socket."""
         failing = "inject=setsockopt:error=ENOPROTOOPT:when=1"
         strace = ["strace", "-qq", "-o", os.devnull, "-e", failing]
-        code, _, err = finished(strace + command("serve", EXAMPLE, "--host", "::", "--port", "0"))
+        code, _, err = finished(
+            strace + command("serve", EXAMPLE, "--host", "::", "--port", "0"))
         self.assertEqual(code, 1)
-        self.assertRegex(err.decode(), saying("cannot listen on [::]:0: Protocol not available"))
-        with tempfile.NamedTemporaryFile() as trace:
-            strace = ("strace", "-D", "-qq", "-o", trace.name, "-e", "trace=setsockopt")
-            with Serving(EXAMPLE, "--host", "::1", prefix=strace) as server:
-                server.stop()
-            traced = trace.read()
-        self.assertIn(b"TCP_NODELAY", traced)
-        self.assertNotIn(b"V6ONLY", traced)
+        said = saying("cannot listen on [::]:0: Protocol not available")
+        self.assertRegex(err.decode(), said)
+        trace = self.enter(tempfile.NamedTemporaryFile())
+        strace = ("strace", "-D", "-qq", "-o", trace.name, "-e", "trace=setsockopt")
+        self.serve(EXAMPLE, "--host", "::1", prefix=strace).stop()
+        self.assertNotIn(b"V6ONLY", trace.read())
 
     def test_older_pythons_are_told(self):
-        pyenv = os.path.join(os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv")), "versions")
-        paths = [os.path.join(pyenv, version, "bin", "python")
-                 for version in (os.listdir(pyenv) if os.path.isdir(pyenv) else ())
-                 if version.startswith("3.6.")]
-        path = paths[0] if paths else shutil.which("python3.6")
-        if not path or "shims" in path:
+        root = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+        paths = glob.glob(root + "/versions/3.6.*/bin/python")
+        if not paths:
             self.skipTest("no Python 3.6 here")
-        code, out, err = finished([path, os.path.join(HERE, "kv.py"), "--version"])
+        code, out, err = finished([paths[0], os.path.join(HERE, "kv.py"), "--version"])
         self.assertEqual((code, out), (1, b""))
-        self.assertRegex(err.decode(), saying("needs Python 3.7 or newer, but this is 3.6"))
+        self.assertRegex(
+            err.decode(), saying("needs Python 3.7 or newer, but this is 3.6"))
 
 
 README = ""
 with contextlib.suppress(OSError), open(os.path.join(HERE, "README.md"), "rb") as file_:
     README = file_.read().decode()
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/local/sbin:/usr/sbin:/sbin")
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/local/sbin:/usr/sbin")
 
 
 @ON_POSIX
 @unittest.skipUnless(README, "needs README.md")
-class Readme(unittest.TestCase):
-    """What README.md shows, word for word, in a folder with only kv.py and example.data."""
+class Readme(Test):
+    """What README.md shows, word for word, where only kv.py and example.data are."""
 
     SERVE = "python kv.py serve example.data"
     BLOCKS = re.findall(r"(?m)^    \$ .*\n(?:(?:    .*)?\n)*", README)
-    EXAMPLES = [(line, output) for block in BLOCKS  # commands, and what they print
-                for line, output in re.findall(r"(?m)^    \$ (.*)\n((?:(?:    (?!\$ ).*)?\n)*)", block)]
+    EXAMPLES = [  # commands, and what they print
+        example for block in BLOCKS for example in re.findall(
+            r"(?m)^    \$ (.*)\n((?:(?:    (?!\$ ).*)?\n)*)", block)]
     DIFFERS = (  # what is not the same each time: a pattern, and what is put in its place
         (r"\r\n", "\n"), (r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", "DATE"),
         (r"(?m)^\d{4}-\d\d-\d\dT\S+ kv: ", "kv: "), (r" in \d+\.\d\d s\b", " in SECONDS"))
@@ -2738,15 +2633,14 @@ class Readme(unittest.TestCase):
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "needs systemd")
     def test_its_units(self):
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [os.path.join(folder, name) for name in ("kv.socket", "kv.service")]
-            for path in paths:
-                name = re.escape(os.path.basename(path))
-                block = re.search(r"(?m)^    # %s\n((?:    .*\n)+)" % name, README).group(1)
-                with open(path, "w") as file:
-                    file.write(re.sub(r"(?m)^    ", "", block))
-            done = finished(["systemd-analyze", "verify"] + paths)
-            self.assertEqual(done, (0, b"", b""))
+        folder = self.enter(tempfile.TemporaryDirectory())
+        paths = []
+        for name in ("kv.socket", "kv.service"):
+            block = re.search(r"(?m)^    # %s\n((?:    .*\n)+)" % name, README).group(1)
+            paths.append(os.path.join(folder, name))
+            replace(paths[-1], re.sub(r"(?m)^    ", "", block).encode())
+        done = finished(["systemd-analyze", "verify"] + paths)
+        self.assertEqual(done, (0, b"", b""))
 
     def same(self, output, shown):
         """Compare what a command has written (bytes) with what README.md shows (str)."""
@@ -2755,67 +2649,68 @@ class Readme(unittest.TestCase):
             both = [re.sub(pattern, put, text).strip("\n") for text in both]
         self.assertEqual(*both)
 
-    @contextlib.contextmanager
     def folder(self):
-        """Yield a folder for the examples, and the environment that they run in."""
-        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as programs:
-            for name in ("kv.py", "example.data"):
-                shutil.copy(os.path.join(HERE, name), folder)
-            for name, content in (("python", '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable),
-                                  (".curlrc", "silent\n")):  # as it is when on a terminal
-                with open(os.path.join(programs, name), "w") as file:
-                    file.write(content)
-                os.chmod(file.name, 0o700)
-            path = programs + os.pathsep + os.environ["PATH"]
-            yield folder, {"PATH": path, "CURL_HOME": programs}
+        """Return a folder for the examples, and the environment that they run in."""
+        folder = self.enter(tempfile.TemporaryDirectory())
+        for name in ("kv.py", "example.data"):
+            shutil.copy(os.path.join(HERE, name), folder)
+        programs = self.enter(tempfile.TemporaryDirectory())
+        python = os.path.join(programs, "python")
+        replace(python, b'#!/bin/sh\nexec "%b" "$@"\n' % os.fsencode(sys.executable))
+        os.chmod(python, 0o700)
+        replace(os.path.join(programs, ".curlrc"), b"silent\n")  # as on a terminal
+        path = programs + os.pathsep + os.environ["PATH"]
+        return folder, {"PATH": path, "CURL_HOME": programs}
 
     def test_examples(self):
         self.assertIn("python kv.py get", [line[:16] for line, _ in self.EXAMPLES])
-        with self.folder() as (folder, env), contextlib.ExitStack() as server:
-            for line, shown in [(self.SERVE + " &", "")] + self.EXAMPLES:
-                with self.subTest(line):
-                    if "curl " in line and not shutil.which("curl"):
-                        self.skipTest("needs curl")
-                    if " serve " not in line or not line.endswith("&") and " on http" not in shown:
-                        script = 'cd "$0" && eval "$1" 2>&1'
-                        self.same(finished(["sh", "-c", script, folder, line], **env)[1], shown)
-                        continue
-                    server.close()  # the one before
-                    port = int((re.findall(r"--port (\d+)", line) or [8000])[0])
-                    with contextlib.suppress(OSError), Client(("127.0.0.1", port)):
-                        self.skipTest("port %d is taken" % port)
-                    words = ["sh", "-c", "exec " + line.rstrip(" &")]
-                    started = server.enter_context(
-                        Serving(command_line=words, cwd=folder, env=environment(**env)))
-                    self.same(started.log, shown or started.log.decode())
+        folder, env = self.folder()
+        server = self.enter(contextlib.ExitStack())
+        for line, shown in [(self.SERVE + " &", "")] + self.EXAMPLES:
+            with self.subTest(line):
+                if "curl " in line and not shutil.which("curl"):
+                    self.skipTest("needs curl")
+                is_server = line.endswith("&") or "on http" in shown
+                if " serve " not in line or not is_server:
+                    script = 'cd "$0" && eval "$1" 2>&1'
+                    done = finished(["sh", "-c", script, folder, line], **env)
+                    self.same(done[1], shown)
+                    continue
+                server.close()  # the one before
+                port = int((re.findall(r"--port (\d+)", line) or [8000])[0])
+                with contextlib.suppress(OSError):
+                    Client(("127.0.0.1", port)).close()
+                    self.skipTest("port %d is taken" % port)
+                words = ["sh", "-c", "exec " + line.rstrip(" &")]
+                started = server.enter_context(
+                    Serving(words=words, cwd=folder, env=environment(**env)))
+                self.same(started.log, shown or started.log.decode())
 
 
 @ON_POSIX
 @unittest.skipUnless(README and NGINX, "needs README.md and nginx")
-class PastOneMachine(unittest.TestCase):
+class PastOneMachine(Test):
     """README.md's configurations of nginx, with other ports, in front of real servers."""
 
     ODD = [(b"%x" % (n % 16) + key(n)[1:], value) for n, value in enumerate(Lines.VALUES)]
-    ODD_PATHS = (b"F" + ABSENT[1:], ABSENT, KEY[1:], b"%33" + KEY[1:], KEY + b"?", b"/" + KEY,
-                 b"nonsense")
+    ODD_PATHS = (b"F" + ABSENT[1:], ABSENT, KEY[1:], b"%33" + KEY[1:], KEY + b"?",
+                 b"/" + KEY, b"nonsense")
     KEYS = [key(number) for number in range(100, 1100)]
 
     def setUp(self):
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
-        self.folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        self.folder = self.enter(tempfile.TemporaryDirectory())
 
     def held_port(self):
-        """Return a port that the system gives to nobody else, but to those who ask for it."""
-        holder = self.stack.enter_context(socket.socket())
+        """Return a port that the system gives only to those who ask for it."""
+        holder = self.enter(socket.socket())
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("", 0))
         return holder.getsockname()[1]
 
     def start(self, name, port):
         """Start a server of a file in the folder."""
-        words = command("serve", os.path.join(self.folder, name), "--port", str(port))
-        return self.stack.enter_context(Serving(command_line=words))
+        path = os.path.join(self.folder, name)
+        return self.serve(words=command("serve", path, "--port", str(port)))
 
     def start_proxy(self, name, servers):
         """Run what README.md has the file `name` for; return where it answers."""
@@ -2823,17 +2718,19 @@ class PastOneMachine(unittest.TestCase):
             r"(?m)^    # %s, run by: nginx (.*)\n((?:    .*\n)+)" % name, README).groups()
         address = ("127.0.0.1", self.held_port())
         places = {"8080": "%s:%d" % address}
-        places.update((str(n), str(server.port)) for n, server in enumerate(servers, 8001))
-        with open(os.path.join(self.folder, name), "w") as file:
-            file.write(re.sub(r"\b80\d\d\b", lambda port: places.pop(port.group()), content))
+        for number, server in enumerate(servers, 8001):
+            places[str(number)] = str(server.port)
+        content = re.sub(r"\b80\d\d\b", lambda port: places.pop(port.group()), content)
+        replace(os.path.join(self.folder, name), content.encode())
         self.assertEqual(places, {})  # it has each of them once
-        nginx = Serving(command_line=[NGINX] + how.split(), cwd=self.folder)
-        self.stack.callback(nginx.__exit__)
-        self.stack.callback(nginx.stop)
+        nginx = Serving(words=[NGINX] + how.split(), cwd=self.folder)
+        self.addCleanup(nginx.__exit__)
+        self.addCleanup(nginx.stop)
 
         def listens():
             self.assertIsNone(nginx.process.poll(), nginx.log)
-            with contextlib.suppress(OSError), Client(address):
+            with contextlib.suppress(OSError):
+                Client(address).close()
                 return True
 
         until(listens)
@@ -2841,68 +2738,54 @@ class PastOneMachine(unittest.TestCase):
 
     def expect_answers_as_of(self, server, address):
         """Whatever is asked at `address` is answered as by `server`."""
-        with Client(address) as client, server.connect() as direct:
-            for k, value in self.ODD:
-                self.assertEqual(client.ask(k)[::2], (200, value))
-                self.assertEqual(client.ask(k.upper())[::2], (200, value))
-            paths = [k for k, _ in self.ODD] + list(self.ODD_PATHS)
-            for method, path in itertools.product(("GET", "HEAD", "POST"), paths):
-                with self.subTest(method=method, path=path):
-                    answers = [connection.ask(path, "Accept-Encoding: gzip", method=method)
-                               for connection in (client, direct)]
-                    for _, fields, _ in answers:
-                        fields.pop("connection", None)
-                        fields.update(date="", server="")
-                    self.assertEqual(*answers)
-
-    def ask(self, address, keys):
-        """Ask on one connection for as long as it is kept; yield key, status and body."""
-        client = None
-        with contextlib.ExitStack() as stack:
-            for k in keys:
-                client = client or stack.enter_context(Client(address))
-                status, fields, body = client.ask(k)
-                if fields.get("connection") == "close":
-                    client = stack.close()
-                yield k, status, body
+        client, direct = self.enter(contextlib.closing(Client(address))), server.connect()
+        for k, value in self.ODD:
+            self.assertEqual(client.ask(k)[::2], (200, value))
+            self.assertEqual(client.ask(k.upper())[::2], (200, value))
+        paths = [k for k, _ in self.ODD] + list(self.ODD_PATHS)
+        for method, path in itertools.product(("GET", "HEAD", "POST"), paths):
+            with self.subTest(method=method, path=path):
+                answers = [connection.ask(path, "Accept-Encoding: gzip", method=method)
+                           for connection in (client, direct)]
+                for _, fields, _ in answers:
+                    fields.pop("connection", None)
+                    fields.update(date="", server="")
+                self.assertEqual(*answers)
 
     def test_shards(self):
         with open(EXAMPLE, "rb") as file:
             lines = file.read().split(b"\n")[:-1]
         odd = [k.upper() + b" " + value for k, value in self.ODD]
-        replace(os.path.join(self.folder, "example.data"), b"\n\n".join(lines + odd) + b"\n")
+        content = b"\n\n".join(lines + odd) + b"\n"
+        replace(os.path.join(self.folder, "example.data"), content)
         script = 'cd "$0"\n' + "".join(re.findall(r"(?m)^    (.* grep .*\n)", README))
-        self.assertEqual(finished(["sh", "-e", "-c", script, self.folder]), (0, b"", b""))
+        done = finished(["sh", "-e", "-c", script, self.folder])
+        self.assertEqual(done, (0, b"", b""))
         servers = [self.start("%d.data" % n, 0) for n in range(4)]
         address = self.start_proxy("shards.conf", servers)
         self.expect_answers_as_of(self.start("example.data", 0), address)
-        with Client(address) as client:
-            self.assertRegex(client.ask(b"")[2], br"\A\d{4} pairs of 0\.data, ")
-
-        def ask(*part):
-            return list(self.ask(address, [line[:36] for line in part]))
-
-        for part, running in side_by_side(ask, [lines[n::4] for n in range(4)]):
-            self.assertEqual(running.result(), [(line[:36], 200, line[37:]) for line in part])
+        values = {line[:36]: line[37:] for line in lines}
+        keys = [line[:36].decode() for line in lines[:1000]]
+        found = kv.get_many(keys, "http://%s:%d" % address)
+        self.assertEqual(found, {k: values[k.encode()] for k in keys})
+        with clients_asking(address, list(values), again=True) as answers:
+            until(lambda: len(answers) > 3000)
+        for k, status, body in answers:
+            self.assertEqual((status, body), (200, values[k]))
 
     def write(self, name, word):
         """Write a file in which the value of each of KEYS is `word` and the key."""
         pairs = [(k, word + b" " + k) for k in self.KEYS] + self.ODD
-        replace(os.path.join(self.folder, name), b"".join(b"%b %b\n" % pair for pair in pairs))
+        content = b"".join(b"%b %b\n" % pair for pair in pairs)
+        replace(os.path.join(self.folder, name), content)
 
     def test_replicas(self):
         """Restart one after the other, then reload both, while clients ask on."""
-        seen, stop = set(), threading.Event()
-
-        def ask():
-            keys = itertools.takewhile(lambda _: not stop.is_set(), itertools.cycle(self.KEYS))
-            for k, status, body in self.ask(address, keys):
-                self.assertEqual((status, body[-37:]), (200, b" " + k), body)
-                seen.add(body[:-37])
-
         def wait(*words):  # until answers with all of these have come from now on
-            seen.clear()
-            until(lambda: seen.issuperset(words) or any(client.done() for client in clients))
+            begin = len(answers)
+            until(lambda: words == tuple(
+                word for word in words if any(body.startswith(word)
+                                              for *_, body in answers[begin:])))
 
         names = ("0.data", "1.data")
         for name in names:
@@ -2910,23 +2793,21 @@ class PastOneMachine(unittest.TestCase):
         servers = [self.start(name, self.held_port()) for name in names]
         address = self.start_proxy("replicas.conf", servers)
         self.expect_answers_as_of(servers[0], address)
-        pool = self.stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
-        self.stack.callback(stop.set)
-        clients = [pool.submit(ask) for _ in range(4)]
-        wait(b"first 0.data", b"first 1.data")
-        for name, server, other in zip(names, servers, (b"first 1.data", b"again 0.data")):
-            self.write(name, b"again " + name.encode())
-            self.assertEqual(server.stop(), 0)
-            wait(other)
-            servers[names.index(name)] = self.start(name, server.port)
-            wait(b"again " + name.encode())
-        for name, server in zip(names, servers):
-            self.write(name, b"reloaded " + name.encode())
-            server.reload()
-        wait(b"reloaded 0.data", b"reloaded 1.data")
-        stop.set()
-        for client in clients:
-            client.result(PATIENCE)
+        with clients_asking(address, self.KEYS, again=True, count=4) as answers:
+            wait(b"first 0.data", b"first 1.data")
+            others = (b"first 1.data", b"again 0.data")
+            for name, server, other in zip(names, servers, others):
+                self.write(name, b"again " + name.encode())
+                self.assertEqual(server.stop(), 0)
+                wait(other)
+                servers[names.index(name)] = self.start(name, server.port)
+                wait(b"again " + name.encode())
+            for name, server in zip(names, servers):
+                self.write(name, b"reloaded " + name.encode())
+                server.reload()
+            wait(b"reloaded 0.data", b"reloaded 1.data")
+        for k, status, body in answers:
+            self.assertEqual((status, body[-37:]), (200, b" " + k))
 
 
 # The benchmark
@@ -3127,11 +3008,11 @@ def start_measured(stack, row, path, one):
     """Start a server of `path`, and before it one of `one`, a file with a single pair."""
     name, definition, serve, get = row
     tell("starting: " + name)
-    with Serving(command_line=serve + [one], start_new_session=True) as server:
+    with Serving(words=serve + [one], start_new_session=True) as server:
         empty = resident(server)  # the same program, with no data to speak of
     start = time.perf_counter()
     server = stack.enter_context(
-        Serving(command_line=serve + [path], start_new_session=True))
+        Serving(words=serve + [path], start_new_session=True))
     server.start = time.perf_counter() - start
     server.name, server.definition, server.get, server.path = name, definition, get, path
     server.empty, server.memory = empty, resident(server)
