@@ -714,6 +714,22 @@ class SortedFiles(Test):
             client.result()
         until(lambda: server.threads() == 1)
 
+    def test_short_reads(self):
+        """Only a part of a page is in memory; a disk fails in the middle of one."""
+        class Short(kv.Sorted):
+            def read_from_memory(self, offset, size):
+                return super().read_from_memory(offset, size)[:-1]
+
+        def pread(*arguments, real=os.pread):
+            return real(*arguments)[:-1]
+
+        pairs = Short(self.large_file())
+        self.assertTrue(pairs.get(key(7), wait=True))
+        if pairs.nowait_flag:
+            self.assertRaises(BlockingIOError, pairs.get, key(7))
+        with unittest.mock.patch("os.pread", pread):
+            self.assertRaises(kv.Unreadable, pairs.get, key(7), wait=True)
+
     @unittest.skipUnless(hasattr(os, "RWF_NOWAIT"), "needs preadv with RWF_NOWAIT")
     def test_where_the_system_does_not_say_what_is_in_memory(self):
         for folder in filter(os.path.isdir, (tempfile.gettempdir(), "/dev/shm")):
@@ -1343,16 +1359,18 @@ class Loop(WithExample):
         self.assertEqual(soon(other), OTHER_VALUE)
 
     def test_last_answers_arrive_although_the_client_still_sends(self):
-        server = self.serve(LARGE)
+        medium = key(1) + b" " + b"x" * 40000 + b"\n"  # sent by the loop itself
+        server = self.serve(medium + LARGE)
         for status, request, behind in (
                 (405, head("POST", "/", "Content-Length: 50000000"), b"x" * 200000),
                 (501, b"x" * 20000, b"x" * 200000),
                 (400, ask_for(KEY, "bad"), b"x" * 200000),
                 (414, b"GET /" + b"x" * 20000, b"x" * 200000),
+                (200, ask_for(key(1), "Connection: close"), b"\r\n"),
                 (200, ask_for(KEY, "Connection: close"), b"\r\n"),
                 (200, ask_for(KEY, "Connection: close"), GET_KEY * 200)):
             with self.subTest(status):
-                client = server.connect()
+                client = server.connect(receive_buffer=4096)
                 client.send(request)
                 client.receive()  # the answer is on its way
                 client.send(behind)
@@ -1600,7 +1618,8 @@ class Limits(Test):
         """They lock nobody out, and a value, or all that one asks for, is not copied."""
         many = KEY + b" " + b"x" * 16000 + b"\n" + OTHER_KEY + b" " + OTHER_VALUE + b"\n"
         for content, requests, most, *options in (
-                (LARGE, 1, 10000), (LARGE, 1, 10000, "--sorted"), (many, 130, 40000)):
+                (LARGE, 1, 10000), (LARGE, 1, 10000, "--sorted"),
+                (many, 130, 10000), (many, 130, 30000, "--sorted")):
             with self.subTest(most, options=options), Serving(
                     content, *options, "--max-connections", "30") as server:
                 before = server.memory()
@@ -1679,6 +1698,16 @@ class Limits(Test):
                     self.assertEqual(first.rest(), b"")
                 else:
                     self.assertEqual(first.ask(KEY)[2], VALUE)
+
+    @NEEDS_STRACE
+    def test_it_does_not_spin_where_nobody_can_be_accepted(self):
+        prefix = ("strace", "-D", "-f", "-qq", "-o", os.devnull,
+                  "-e", "inject=accept4:error=EMFILE:when=1+")
+        server = self.serve(prefix=prefix)
+        server.connect()
+        before = proc(server.pid, "", "schedstat")
+        time.sleep(0.5)
+        self.assertLess(proc(server.pid, "", "schedstat") - before, 1.5e8)  # ns
 
     @ON_CPYTHON
     def test_memory_does_not_grow_with_requests(self):
@@ -1797,6 +1826,17 @@ class ReloadAndStop(Test):
         server.reload()
         self.assertEqual(server.lines()[1], "kv: standard input" + self.NO_FILE)
         self.assertEqual(server.ask(KEY)[2], VALUE)
+
+    def test_a_reload_works_in_short_steps(self):
+        """The old pairs are not freed at once, either."""
+        options = kv.make_parser().parse_args(["serve", EXAMPLE])
+        data = kv.Data(options, kv.Log(False))
+        collections.deque(data.load(), 0)
+        old_pairs = data.pairs
+        with unittest.mock.patch.object(kv.Log, "put"):
+            steps = sum(1 for _ in data.reload())
+        self.assertEqual((len(data.pairs), len(old_pairs)), (10000, 0))
+        self.assertGreater(steps, 10000 / kv.STEP_PAIRS + 700000 / kv.STEP_BYTES)
 
     def test_half_a_file_is_served_and_told(self):
         server = self.serve(self.content(b"old"))
@@ -2839,7 +2879,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 pairs = load(sys.argv[1])
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 server.socket.listen(1000)  # its own 5 make some of many clients wait for a second
-print("plain: in 0 s, on http://127.0.0.1:%d" % server.server_port, file=sys.stderr, flush=True)
+ready = "plain: in 0 s, on http://127.0.0.1:%d" % server.server_port
+print(ready, file=sys.stderr, flush=True)
 sys.stderr = open(os.devnull, "w")  # it would tell of each client that Ctrl-C takes away
 server.serve_forever()
 '''
@@ -2868,7 +2909,8 @@ GET = command("get", "--url")
 MEASURED = (  # name, what defines its load, commands: before FILE, before URL KEY
     ("kv", "from kv import load", command("serve", "--port", "0"), GET),
     ("sorted", CHECK, command("serve", "--port", "0", "--sorted"), GET),
-    ("plain", PLAIN_LOAD, [sys.executable, "-c", PLAIN], [sys.executable, "-c", PLAIN_GET]))
+    ("plain", PLAIN_LOAD,
+     [sys.executable, "-c", PLAIN], [sys.executable, "-c", PLAIN_GET]))
 NOTES = ("* plain speaks HTTP/1.0 and closes: a new connection for each request\n"
          "** all put out of memory before each request, by os.posix_fadvise")
 
@@ -2907,7 +2949,7 @@ def client(port, path, fields, connections, drop):
                     os.posix_fadvise(dropped.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 line, since = next(lines), time.perf_counter()
                 link = link or socket.create_connection(("127.0.0.1", port), PATIENCE)
-                link.sendall(b"GET /%b HTTP/1.1\r\nHost: kv\r\n%b\r\n" % (line[:36], fields))
+                link.sendall(ask_for(line[:36], fields))
                 waiting[link] = line[37:], since
             idle = []
             readable = select.select(list(waiting), [], [], PATIENCE)[0]
@@ -2987,7 +3029,7 @@ def measure(server, count, sample, line):
     for title, how in (
             ("one connection *", {}),
             ("the same, pages not in memory **", {"drop": server.path}),
-            ("a new connection each", {"fields": b"Connection: close\r\n"})):
+            ("a new connection each", {"fields": b"Connection: close"})):
         is_possible = can_drop or "drop" not in how
         _, p50, p99 = clients(server, sample, **how) if is_possible else [None] * 3
         yield title + ": p50 in us", p50
@@ -3027,7 +3069,8 @@ def bench(path=None):
         signal.signal(getattr(signal, name), signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         stack.callback(tell, "")
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=HERE, prefix=".bench-"))
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(dir=HERE, prefix=".bench-"))
         made, ordered, sample, one = (os.path.join(folder, name)
                                       for name in ("data", "sorted", "sample", "one"))
         if not path:
@@ -3044,11 +3087,14 @@ def bench(path=None):
                 file.writelines(part)
                 os.fsync(file.fileno())  # pages that are not on the disk stay in memory
         del lines
-        servers = [start_measured(stack, row, ordered if row[0] == "sorted" else path, one)
-                   for row in MEASURED]
+        servers = []
+        for row in MEASURED:
+            served = ordered if row[0] == "sorted" else path
+            servers.append(start_measured(stack, row, served, one))
         figures = {}  # by name, for each round those of all servers
         for _ in range(ROUNDS):
-            for pairs in zip(*(measure(server, count, sample, some[0]) for server in servers)):
+            measuring = [measure(server, count, sample, some[0]) for server in servers]
+            for pairs in zip(*measuring):
                 names, values = zip(*pairs)
                 figures.setdefault(names[0], []).append(values)
         tell("")
@@ -3063,7 +3109,7 @@ def bench(path=None):
 
 
 def print_figure(name, values):
-    """Print one figure of all MEASURED, and by how much the first is better than the last.
+    """Print one figure of all MEASURED, and how much the first is better than the last.
     """
     shown = "".join("%11s" % ("-" if v is None else f"{v:,.0f}") for v in values)
     first, *_, last = values
