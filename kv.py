@@ -96,7 +96,7 @@ TURN_BYTES = 1 << 18          # bytes to send to one client before others have a
 ANSWER_SECONDS = 10
 ANSWER_BYTES_A_SECOND = 10000
 STALL_SECONDS = 10            # longest time for which a client may take nothing at all
-LINGER_SECONDS = 3            # time that a refused client has to stop sending
+LINGER_SECONDS = 3            # time that a client has to stop sending before a close
 
 # Connections
 MAX_CONNECTIONS = 10000       # without --max-connections
@@ -107,7 +107,7 @@ IDLE_SECONDS = 650            # between two requests; more than load balancers a
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # from the end of the terminal to its SIGHUP
+HANGUP_SECONDS = 1.0          # longest time from the end of the terminal to its SIGHUP
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
@@ -120,7 +120,8 @@ DEFAULT_TIMEOUT = 10.0        # seconds
 MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
 MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
 KEYS_TOGETHER = 200           # asked for in one request, which fits in LINE_BYTES
-TOGETHER_BYTES = 1 << 26      # largest such answer; else keys are asked for one by one
+TOGETHER_BYTES = 1 << 26      # largest answer to that; if it would be larger, keys are
+                              # asked for one by one
 INPUT_BYTES = 1 << 16         # bytes of keys to read at a time from standard input
 QUOTED_CHARACTERS = 200       # of a server's answer, in messages
 
@@ -300,7 +301,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
-            if key not in pairs:  # to a Sorted, a key that is out of order is in it, too
+            if key not in pairs:  # a Sorted takes only keys above its last one
                 pairs[key] = pair[2]
                 continue
         if line == b"\n":  # an empty line is no fault
@@ -372,7 +373,7 @@ LAST_KEY_RE = re.compile(rb"(?s).*\n(" + KEY + rb") ")    # last one, as .* is g
 
 
 class FileChanged(Exception):
-    """A sorted file was changed in place while being served."""
+    """A sorted file was changed in place while being served: args[0] is its Sorted."""
 
 
 class Unreadable(Exception):
@@ -380,8 +381,7 @@ class Unreadable(Exception):
 
 
 class Sorted:
-    """The pairs of a file in byte order of its lower-case keys, looked up in the file
-    itself.
+    """The pairs of a file whose keys are in lower case and in order, looked up in it.
 
     To the parser this is a dict that takes keys in ascending order only (`in`, item
     assignment, `len`). It does not keep them, but occasionally records the position of
@@ -432,13 +432,13 @@ class Sorted:
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             self.mark_numbers.insert(-1, key_number(key))
-            self.mark_offsets.insert(-1, self.file.tell() - 1)  # the end of this line
+            self.mark_offsets.insert(-1, self.file.tell() - 1)  # where this line ends
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Body]":
         """Return the value of `key`, or None if there is no such key.
 
         Unless `wait` is true, raises BlockingIOError when pages have to come from the
-        disk, or when many have to be read. Raises FileChanged and Unreadable.
+        disk, and when a long value has to be read. Raises FileChanged and Unreadable.
         """
         if not KEY_RE.fullmatch(key):  # callers pass paths that were not judged
             return None
@@ -449,9 +449,11 @@ class Sorted:
         low = self.mark_offsets[mark - 1]
         high = self.mark_offsets[mark]
         # If there is a line with the key, it begins in the range from `low` up to, but
-        # not including, `high`; and low_number < number <= high_number. Each probe makes
-        # the range smaller: either `low` moves up to the last key of the page that was
-        # found, or `high` moves down to `probe`.
+        # not including, `high`; and low_number < number <= high_number. (0 and 1 << 128
+        # are no version 4 UUIDs, so there is a mark on either side.) Each probe keeps
+        # this true, and makes the range smaller: `low` moves past the beginning of the
+        # last line in the page that was found, or `high` moves down to `probe`. The
+        # numbers are only for the guess, and may be farther apart than the offsets.
         probes = 0
         while low < high:
             probes += 1
@@ -462,8 +464,8 @@ class Sorted:
                 guess = low + int(share * (high - low))
             probe = max(low, guess - PAGE_BYTES // 2)
             offset, page, first = self.page_with_key(probe, high, wait)
-            # There is at most one such line. rfind is faster than find, because the rare
-            # newline is what it looks for first.
+            # There is at most one such line. rfind compares the first byte, the rare
+            # newline, before all others; find begins with the last one and takes longer.
             line = page.rfind(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
@@ -486,13 +488,15 @@ class Sorted:
     ) -> "Tuple[int, bytes, Optional[re.Match]]":
         """Return the first page from `offset` on that has a whole key.
 
-        Returns its offset, the page, and the match of FIRST_KEY_RE, which is None if no
-        line begins before `high`.
+        Returns its offset, the page, and the match of FIRST_KEY_RE. That is None only if
+        no line begins before `high`; it may be of a line beyond `high`.
         """
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # No line begins before `near_end`: its key would be in the page.
+            # No line begins before `near_end`: from there, a newline, a key and a space
+            # would all be in the page. At the end of the file, the page may be shorter
+            # than these, so `offset` moves on by a byte at least.
             near_end = offset + len(page) - KEY_BYTES - 1
             offset = self.find_newline(max(near_end, offset + 1), wait)
             page = self.read(offset, PAGE_BYTES, wait)
@@ -504,8 +508,7 @@ class Sorted:
     def value_at(self, offset: int, page: bytes, index: int, wait: bool) -> "Body":
         """Return the value that begins at `index` of the page that begins at `offset`.
 
-        Unless `wait` is true, the loop sends it, in bytes. A thread can send a long value
-        in pieces, as a StoredValue.
+        If `wait` is true, a long value is a StoredValue, which threads send in pieces.
         """
         start = offset + index
         end = page.find(b"\n", index)
@@ -756,8 +759,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
     Returns the path in it, without its first slash, and the verdict. With status 200, the
-    path may still be anything without a space. It is not judged here, because nearly all
-    paths are keys that are found as they are. If it is not found, `judge_path` judges it.
+    path may still have any byte in it but a space, even CR and LF. It is not judged here,
+    because nearly all paths are keys that are found as they are. All others are judged by
+    `judge_path`.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -775,8 +779,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     status = verdict[0]
     if status == 200 and target[:1] == b"/":
         return target[1:], verdict
-    # judge_beginning may see the target before there are any fields. So that the answer
-    # is always the same, a malformed target comes before any other fault.
+    # The answer must not depend on how a head is cut into packets. judge_beginning
+    # refuses a malformed target as soon as the request line is complete, whatever fields
+    # follow. So here, too, a malformed target comes before any other fault.
     if not TARGET_RE.fullmatch(target):
         return b"", MALFORMED_LINE
     if status == 505:  # other versions of HTTP have other targets
@@ -890,8 +895,7 @@ def path_of(method: bytes, target: bytes) -> Optional[bytes]:
 def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
     """Judge a path that was not found in the data as it is.
 
-    Returns the keys that it stands for, of which the status page has none, and a verdict
-    if it has to be refused.
+    Returns the keys in it (none for the status page), and a refusal or None.
     """
     if path and not TARGET_RE.fullmatch(path):
         return [], MALFORMED_LINE
@@ -920,10 +924,12 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
         if LINE_BEGINNING_RE.fullmatch(line):
             return None
         return MALFORMED_LINE
-    path, verdict = judge(line + b"\r\nHost: kv")  # as if the fields were these
+    # Judge the line as if the fields were in order. Only two refusals are final. With
+    # any other verdict, there may still be a fault in the fields that comes before it.
+    path, verdict = judge(line + b"\r\nHost: kv")
     if verdict[0] == 200:
         _, verdict = judge_path(path)
-    if verdict in (MALFORMED_LINE, OTHER_VERSION):  # the others depend on the fields
+    if verdict in (MALFORMED_LINE, OTHER_VERSION):
         return verdict
     if BARE_LINE_END_RE.search(beginning):
         return BARE_LINE_END
@@ -1034,7 +1040,9 @@ class Handler(socketserver.BaseRequestHandler):
         while not connection.must_close and b"\r\n\r\n" in connection.received:
             self.server.answer_requests(connection, self.get)
             self.send_unsent()
-        if not connection.must_close:  # what is left is the beginning of a head, if any
+        # The loop judges a beginning only when more of it comes. So what is left is
+        # judged here.
+        if not connection.must_close:
             self.server.refuse_beginning(connection)
             self.send_unsent()
         if connection.must_close:  # a client has had time to send more, so always linger
@@ -1219,13 +1227,15 @@ class Server(http.server.ThreadingHTTPServer):
             if connection is None:  # the listening socket
                 has_newcomer = True
                 continue
-            if connection.waiting_since == NEVER:  # returned by a thread after take_back
+            if connection.waiting_since == NEVER:
+                # A thread has registered it, and take_back has not seen it yet. Its event
+                # comes again in the next round.
                 continue
             try:
                 self.receive(connection)
             except Exception:
                 self.close(connection)
-                self.handle_error(connection, connection.address)
+                self.handle_error(connection, connection.address)  # logs the fault
         if has_newcomer:
             # This comes last, as it may evict a client that has an event in this round.
             # Newcomers get a share of the time, so that nobody has to wait long.
@@ -1346,7 +1356,11 @@ class Server(http.server.ThreadingHTTPServer):
         return longest
 
     def evict_longest_waiting(self) -> bool:
-        """Close the connection that has waited longest. Returns whether that is done."""
+        """Close the connection that has waited longest for its client.
+
+        Returns whether its descriptor is free now: false if none waits, or if a thread
+        has yet to close it.
+        """
         longest = self.longest_waiting()
         if not longest:
             return False
@@ -1358,7 +1372,7 @@ class Server(http.server.ThreadingHTTPServer):
             longest.socket.shutdown(socket.SHUT_RDWR)  # its thread gets an error
         except OSError:
             pass  # it is closed already
-        return False  # but its thread will close it soon
+        return False
 
     def keep(self, connection: Connection) -> None:
         """Put a connection last among those that wait for their clients."""
@@ -1378,7 +1392,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # it was already unregistered when hand_over failed
+            pass  # hand_over has unregistered it, and then raised an exception
 
     def close(self, connection: Connection) -> None:
         """Close a connection that the loop tracks."""
@@ -1424,7 +1438,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
         elif earlier or connection.received:
             self.keep(connection)
-        else:  # it is in `idle` already: this does what `keep` does, but faster
+        else:  # it is in `idle` already, so this does what `keep` does, but faster
             connection.waiting_since = self.now
             self.idle.move_to_end(connection)
 
@@ -1483,8 +1497,8 @@ class Server(http.server.ThreadingHTTPServer):
         # The path is not, as it is, a key in the data.
         keys, refused = judge_path(path)
         if refused:
-            status, text, is_malformed = refused
-            return status, text, must_close or is_malformed
+            status, text, refusal_closes = refused
+            return status, text, must_close or refusal_closes
         if not keys:
             return 200, self.status_page(), must_close
         if len(keys) > 1:
@@ -1550,12 +1564,13 @@ class Server(http.server.ThreadingHTTPServer):
         if head.startswith(b"HEAD "):
             body = b""
         if connection.must_close:
-            # A refused client may still be sending; others may during a long answer.
+            # The client may be sending the rest of what was refused, or something else
+            # during a long answer.
             is_refused = status not in (200, 404)
             connection.must_linger = is_refused or len(body) > PIECE_BYTES
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, len(body))
-        if len(body) <= JOINED_BYTES:  # StoredValue and Lines are always longer
+        if len(body) <= JOINED_BYTES:  # so it is bytes: see `value_at` and `lines`
             connection.unsent.append(answer + body)
         else:
             connection.unsent += [answer, body]
@@ -1579,8 +1594,8 @@ class Server(http.server.ThreadingHTTPServer):
             if len(unsent) == 1:
                 sent = connection.socket.send(unsent[0])
             elif CAN_GATHER and sum(map(len, unsent)) <= TURN_BYTES:
-                # The system allows 1,024 parts. RECEIVE_BYTES hold at most some 300
-                # requests, with two parts each.
+                # The system allows 1,024 parts. A request that is not the last one has at
+                # least 26 bytes, so there are at most 316, with two parts each.
                 sent = connection.socket.sendmsg(unsent)
             else:
                 return False
@@ -1629,8 +1644,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Have a connection closed because of the exception that is being handled."""
         request.must_close = True
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # which means that the client has gone
-            self.report_fault(error, client_address)
+        if isinstance(error, OSError):
+            return  # the client has gone, which is not a fault
+        self.report_fault(error, client_address)
 
     def report_fault(self, error: Exception, client_address: str) -> None:
         """Log an exception in one line, but FileChanged only once for the same file."""
@@ -1650,7 +1666,8 @@ class Server(http.server.ThreadingHTTPServer):
                 request.socket.setblocking(False)
                 # A thread may do this while the loop waits. If the client has sent data,
                 # epoll and kqueue wake the loop, and other selectors notice at the next
-                # tick. The loop ignores the event until it has taken the connection back.
+                # tick. It needs no lock: only select iterates over what a selector has
+                # registered, and it does that in one step of the interpreter.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.must_close = True
@@ -1698,21 +1715,21 @@ class Signals:
         self.ends_with_terminal = False
         self.terminal_seen = 0.0         # the last time.monotonic() when it was there
 
-    def note_hangups(self) -> None:
-        """Note SIGHUP from now on.
+    def catch_hangups(self) -> None:
+        """Catch SIGHUP from now on.
 
-        It asks for a reload, unless it comes because the terminal was closed. Then the
-        server ends with its terminal, as programs do that nohup did not start.
+        It asks for a reload, unless it comes because the terminal was closed. In that
+        case the server stops, like any program that was started without nohup.
         """
         if hasattr(signal, "SIGHUP"):  # Windows lacks it
             is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             self.ends_with_terminal = has_terminal() and not is_nohup
             self.terminal_seen = time.monotonic()
-            signal.signal(signal.SIGHUP, self.note_hangup)
+            signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Note if the terminal was closed without SIGHUP, as a shell does for its jobs in
-        the background. A later SIGHUP then has another reason.
+        """Notice if the terminal is closed and no SIGHUP comes: shells send none to some
+        jobs in the background. A SIGHUP that comes later asks for a reload.
         """
         if not self.ends_with_terminal:
             return
@@ -1721,18 +1738,18 @@ class Signals:
         elif now > self.terminal_seen + HANGUP_SECONDS:
             self.ends_with_terminal = False
 
-    def note_stops(self) -> None:
-        """Note SIGTERM and Ctrl-C from now on."""
-        signal.signal(signal.SIGTERM, self.note_stop)
-        signal.signal(signal.SIGINT, self.note_stop)
+    def catch_stops(self) -> None:
+        """Catch SIGTERM and Ctrl-C from now on."""
+        signal.signal(signal.SIGTERM, self.on_stop)
+        signal.signal(signal.SIGINT, self.on_stop)
 
-    def note_hangup(self, *_) -> None:
+    def on_hangup(self, *_) -> None:
         if self.ends_with_terminal and not has_terminal():
             self.stop = True
         else:
             self.hangup = True
 
-    def note_stop(self, *_) -> None:
+    def on_stop(self, *_) -> None:
         self.stop = True
         # The next Ctrl-C ends the server at once.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1764,7 +1781,7 @@ class CannotServe(Exception):
 def serve(options: argparse.Namespace) -> int:
     """Serve the pairs in a file until SIGTERM or Ctrl-C. Returns the exit code."""
     log = Log(options.verbose)
-    # Until the server notes stops, SIGTERM raises KeyboardInterrupt as Ctrl-C does.
+    # Until the server catches it, SIGTERM raises KeyboardInterrupt as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server = start_server(options, log)
@@ -1791,12 +1808,12 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
         server = Server(options, data, log, signals, listener)
     except (OSError, UnicodeError) as error:
         raise CannotServe(listen_failure(error, options))
-    signals.note_hangups()  # SIGHUP would end a load
+    signals.catch_hangups()  # SIGHUP would end a load
     try:
         load_with_progress(data, log)
     except (OSError, ValueError, MemoryError) as error:
         raise CannotServe(load_failure(error, data.name))
-    signals.note_stops()  # until now, they have ended the load
+    signals.catch_stops()  # until here, SIGTERM and Ctrl-C end the load
     try:
         server.server_activate()
     except OSError as error:
@@ -1991,7 +2008,8 @@ def pairs_in_answer(body: bytes, names: List[str]) -> Dict[str, bytes]:
         key, space, value = line.partition(b" ")
         if space:
             values[key.decode("latin-1")] = value
-    if rest or len(values) < len(lines) or not values.keys() <= set(names):
+    is_malformed = rest or len(values) < len(lines)  # a line without a space, a key twice
+    if is_malformed or not values.keys() <= set(names):
         raise BadAnswer("lines that were not asked for")
     return values
 
@@ -2195,7 +2213,7 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     while not is_complete:
         try:
             data = os.read(0, INPUT_BYTES)
-        except OSError as error:
+        except OSError as error:  # another OSError would be about standard output
             raise ValueError(f"standard input: {error.strerror}")
         is_complete = not data
         *lines, rest = (rest + data).split(b"\n")
@@ -2286,10 +2304,10 @@ def make_parser() -> Parser:
     command.add_argument(
         "--sorted", action="store_true",
         help="Look keys up in FILE instead of loading it, for data larger than memory. "
-             "FILE must be sorted with LC_ALL=C sort.")
+             "Its keys must be in lower case, and it must be sorted with LC_ALL=C sort.")
     command.add_argument(
         "--no-check", dest="check", action="store_false",
-        help="With --sorted: trust that FILE is in order, and listen immediately.")
+        help="With --sorted: do not check FILE, and listen immediately.")
 
     command = commands.add_parser(
         "get", help="Print the values of keys.",
