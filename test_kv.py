@@ -2213,6 +2213,7 @@ class Sockets(Test):
         for client in clients:
             client.send(GET_KEY)
         server.send_signal(signal.SIGTERM)
+        time.sleep(2 * kv.TICK_SECONDS)  # so that it acts on the signal at once
         server.send_signal(signal.SIGCONT)
         for client in clients:
             self.assertEqual(client.answer()[::2], (200, VALUE))
@@ -2321,7 +2322,11 @@ def answering(answers):
         listener.listen(10)
         listener.settimeout(PATIENCE)
         running = pool.submit(answer_all)
-        yield "http://127.0.0.1:%d" % listener.getsockname()[1], asked
+        try:
+            yield "http://127.0.0.1:%d" % listener.getsockname()[1], asked
+        except BaseException:
+            listener.shutdown(socket.SHUT_RDWR)  # nobody will ask any more
+            raise
         running.result(PATIENCE)
 
 
