@@ -107,7 +107,7 @@ IDLE_SECONDS = 650            # between two requests; more than load balancers a
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # longest time from the end of the terminal to its SIGHUP
+HANGUP_SECONDS = 1.0          # a SIGHUP comes this soon after its terminal was closed
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
@@ -158,7 +158,7 @@ def complain(text: str) -> None:
 
 
 class Log:
-    """The log of a server, on standard error. Writing to it never waits.
+    """The log of a server, on standard error. Writing to it does not wait.
 
     A line that cannot be written immediately is lost: neither a pipe that nobody reads
     nor a terminal stopped by Ctrl-S may hold up the server.
@@ -384,11 +384,12 @@ class Sorted:
     """The pairs of a file whose keys are in lower case and in order, looked up in it.
 
     To the parser this is a dict that takes keys in ascending order only (`in`, item
-    assignment, `len`). It does not keep them, but occasionally records the position of
-    the parser: a mark. To the server it has a `get` like that of a dict.
+    assignment, `len`). It keeps none of the pairs, and only records, now and then, how
+    far the parser has come: a mark. To the server it has a `get` like that of a dict.
 
-    Lines are found by the newline before them, so here a line begins at the offset of
-    that newline, and the first line at -1, as if a newline stood there.
+    Lines are found by the newline before them. So in this class, the offset of a line is
+    that of the newline before it: where one line ends, the next one begins; and the first
+    line begins at -1, as if a newline stood there.
     """
 
     descriptor: Optional[int] = None  # until os.dup has made one
@@ -400,9 +401,9 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # Marks, in ascending order. The line of the key with the number mark_numbers[i]
-        # ends at mark_offsets[i]: this key and all lower ones are before that offset, all
-        # higher ones are not. The first and the last mark are the ends of the file.
+        # Marks, in ascending order. Lines with key numbers up to mark_numbers[i] begin
+        # before mark_offsets[i], all others at it or after it. The first and the last
+        # mark stand for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -421,7 +422,8 @@ class Sorted:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
-        """Return whether `key` is a duplicate or out of order: the parser refuses both.
+        """Return whether the parser must refuse `key`: it is not above the last one, so
+        it is a duplicate or out of order.
         """
         return key <= self.last_key
 
@@ -448,12 +450,13 @@ class Sorted:
         high_number = self.mark_numbers[mark]
         low = self.mark_offsets[mark - 1]
         high = self.mark_offsets[mark]
-        # If there is a line with the key, it begins in the range from `low` up to, but
-        # not including, `high`; and low_number < number <= high_number. (0 and 1 << 128
-        # are no version 4 UUIDs, so there is a mark on either side.) Each probe keeps
-        # this true, and makes the range smaller: `low` moves past the beginning of the
-        # last line in the page that was found, or `high` moves down to `probe`. The
-        # numbers are only for the guess, and may be farther apart than the offsets.
+        # There is a mark on either side, as no version 4 UUID is 0 or 1 << 128.
+        #
+        # Invariant: if the key has a line, it begins at `low` or later, but before
+        # `high`; and low_number < number <= high_number. Each probe raises `low` past the
+        # beginning of the last line in its page, or lowers `high` to `probe`. If a probe
+        # finds no key, high_number stays as it is: it is then a less exact bound, which
+        # makes the next guess worse, but not wrong.
         probes = 0
         while low < high:
             probes += 1
@@ -464,8 +467,8 @@ class Sorted:
                 guess = low + int(share * (high - low))
             probe = max(low, guess - PAGE_BYTES // 2)
             offset, page, first = self.page_with_key(probe, high, wait)
-            # There is at most one such line. rfind compares the first byte, the rare
-            # newline, before all others; find begins with the last one and takes longer.
+            # There is at most one such line, so find would do as well. rfind is faster
+            # here: it first compares the newline, which is rare.
             line = page.rfind(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
@@ -494,10 +497,10 @@ class Sorted:
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # No line begins before `near_end`: from there, a newline, a key and a space
-            # would all be in the page. At the end of the file, the page may be shorter
-            # than these, so `offset` moves on by a byte at least.
-            near_end = offset + len(page) - KEY_BYTES - 1
+            # A line that begins before `near_end` would have its newline, key and space,
+            # KEY_BYTES + 2 in all, in the page. So none does. (A page at the end of the
+            # file may be shorter than that, so go on by at least one byte.)
+            near_end = offset + len(page) - (KEY_BYTES + 2) + 1
             offset = self.find_newline(max(near_end, offset + 1), wait)
             page = self.read(offset, PAGE_BYTES, wait)
             first = FIRST_KEY_RE.search(page)
@@ -759,9 +762,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
     Returns the path in it, without its first slash, and the verdict. With status 200, the
-    path may still have any byte in it but a space, even CR and LF. It is not judged here,
-    because nearly all paths are keys that are found as they are. All others are judged by
-    `judge_path`.
+    path is not judged here, and may have any byte in it but a space, even CR and LF:
+    nearly all paths are keys that are found as they are, and `judge_path` judges the
+    others.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -779,7 +782,7 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     status = verdict[0]
     if status == 200 and target[:1] == b"/":
         return target[1:], verdict
-    # The answer must not depend on how a head is cut into packets. judge_beginning
+    # The status should not depend on how a head is cut into packets. judge_beginning
     # refuses a malformed target as soon as the request line is complete, whatever fields
     # follow. So here, too, a malformed target comes before any other fault.
     if not TARGET_RE.fullmatch(target):
@@ -796,7 +799,7 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the part received so far, is too long; else None."""
     if len(head) <= LINE_BYTES:
         return None
-    line = head.partition(b"\r\n")[0]
+    line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     method = line.partition(b" ")[0]
     if len(line) > LINE_BYTES:
         if len(method) > METHOD_BYTES:
@@ -924,8 +927,8 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
         if LINE_BEGINNING_RE.fullmatch(line):
             return None
         return MALFORMED_LINE
-    # Judge the line as if the fields were in order. Only two refusals are final. With
-    # any other verdict, there may still be a fault in the fields that comes before it.
+    # Judge the line with a field that is in order. These two refusals are final, because
+    # they come before any fault in the fields. Others have to wait for the fields.
     path, verdict = judge(line + b"\r\nHost: kv")
     if verdict[0] == 200:
         _, verdict = judge_path(path)
@@ -969,7 +972,7 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
 class Lines:
     """The answer to a request for several keys: the lines of a data file.
 
-    Like a StoredValue, it is put together only while it is sent.
+    Like a StoredValue, a long one is put together only while it is sent.
     """
 
     def __init__(self, pairs: "Dict[bytes, Body]") -> None:
@@ -1019,7 +1022,8 @@ class Connection:
         # Whether to linger before that, because the client may still be sending.
         self.must_linger = False
         # The time.monotonic() at which the server began to wait for the client: for a
-        # request, for the rest of one, or for the client to take an answer.
+        # request, for the rest of one, or for the client to take an answer. It is NEVER
+        # while a thread does something else for it, and until the loop has taken it back.
         self.waiting_since = NEVER
 
 
@@ -1095,7 +1099,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        # If the loop has sent the answer, it has set `waiting_since` to that time.
+        # If the loop has sent the whole answer, hand_over has set `waiting_since`.
         if connection.waiting_since == NEVER:
             connection.waiting_since = now
         deadline = now + LINGER_SECONDS
@@ -1201,6 +1205,7 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_forever(self) -> None:
         """Answer requests until a signal asks for a stop and no connection is left."""
         self.socket.setblocking(False)
+        self.now = time.monotonic()
         self.service_actions()
         while not self.is_stopped():
             try:
@@ -1228,8 +1233,8 @@ class Server(http.server.ThreadingHTTPServer):
                 has_newcomer = True
                 continue
             if connection.waiting_since == NEVER:
-                # A thread has registered it, and take_back has not seen it yet. Its event
-                # comes again in the next round.
+                # It still belongs to a thread, which has registered it since take_back
+                # was called. The event comes again in the next round.
                 continue
             try:
                 self.receive(connection)
@@ -1250,6 +1255,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def wait(self) -> list:
         """Return events of the selector; wait up to TICK_SECONDS if there are none."""
+        if os.name == "nt" and not self.selector.get_map():
+            time.sleep(TICK_SECONDS)  # on Windows, select refuses to wait for nothing
+            return []
         events = self.selector.select(0)
         if events:
             return events
@@ -1564,13 +1572,13 @@ class Server(http.server.ThreadingHTTPServer):
         if head.startswith(b"HEAD "):
             body = b""
         if connection.must_close:
-            # The client may be sending the rest of what was refused, or something else
-            # during a long answer.
-            is_refused = status not in (200, 404)
-            connection.must_linger = is_refused or len(body) > PIECE_BYTES
+            # The client may be sending a body, with which status is neither 200 nor 404,
+            # or something else during a long answer.
+            may_have_body = status not in (200, 404)
+            connection.must_linger = may_have_body or len(body) > PIECE_BYTES
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, len(body))
-        if len(body) <= JOINED_BYTES:  # so it is bytes: see `value_at` and `lines`
+        if len(body) <= JOINED_BYTES:  # so it is bytes: StoredValue and Lines are longer
             connection.unsent.append(answer + body)
         else:
             connection.unsent += [answer, body]
@@ -1595,7 +1603,8 @@ class Server(http.server.ThreadingHTTPServer):
                 sent = connection.socket.send(unsent[0])
             elif CAN_GATHER and sum(map(len, unsent)) <= TURN_BYTES:
                 # The system allows 1,024 parts. A request that is not the last one has at
-                # least 26 bytes, so there are at most 316, with two parts each.
+                # least 26 bytes ("GET / HTTP/1.1", "Host:a" and line ends). So there are
+                # at most 316 answers, of two parts each.
                 sent = connection.socket.sendmsg(unsent)
             else:
                 return False
@@ -1664,9 +1673,9 @@ class Server(http.server.ThreadingHTTPServer):
         if not request.must_close:
             try:
                 request.socket.setblocking(False)
-                # A thread may do this while the loop waits. If the client has sent data,
-                # epoll and kqueue wake the loop, and other selectors notice at the next
-                # tick. It needs no lock: only select iterates over what a selector has
+                # Threads may register while the loop waits in select. If the client has
+                # sent data, epoll and kqueue notice at once, other selectors at the next
+                # tick. No lock is needed: only select goes through all that is
                 # registered, and it does that in one step of the interpreter.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
@@ -1710,7 +1719,7 @@ class Signals:
     """The signals that have come: their handlers only set a flag."""
 
     def __init__(self) -> None:
-        self.stop = False                # SIGTERM or Ctrl-C, or the terminal is closed
+        self.stop = False                # SIGTERM or Ctrl-C
         self.hangup = False              # SIGHUP, which asks for a reload
         self.ends_with_terminal = False
         self.terminal_seen = 0.0         # the last time.monotonic() when it was there
@@ -1728,8 +1737,9 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice if the terminal is closed and no SIGHUP comes: shells send none to some
-        jobs in the background. A SIGHUP that comes later asks for a reload.
+        """Notice that the terminal is gone, and no SIGHUP has come within HANGUP_SECONDS:
+        shells send none to some jobs in the background. From then on, SIGHUP asks for a
+        reload.
         """
         if not self.ends_with_terminal:
             return
@@ -1745,7 +1755,7 @@ class Signals:
 
     def on_hangup(self, *_) -> None:
         if self.ends_with_terminal and not has_terminal():
-            self.stop = True
+            os.kill(os.getpid(), signal.SIGTERM)  # which ends a load as well
         else:
             self.hangup = True
 
@@ -1819,8 +1829,8 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
     except OSError as error:
         raise CannotServe(listen_failure(error, options))
     address = server.socket.getsockname()
-    if isinstance(address, str):
-        place = f"unix:{address}"
+    if not isinstance(address, tuple):  # an abstract one is bytes
+        place = f"unix:{os.fsdecode(address)}"
     elif listener:
         place = f"http://{host_and_port(*address[:2])}"
     else:  # with the host as it was given

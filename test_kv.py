@@ -237,9 +237,9 @@ class Client:
 
     def __init__(self, address, receive_buffer=None):
         self.received = b""
-        family = socket.AF_INET
-        if isinstance(address, str):
-            family = socket.AF_UNIX
+        family = socket.AF_UNIX
+        if isinstance(address, tuple):
+            family = socket.AF_INET
         self.socket = socket.socket(family)
         self.close = self.socket.close
         self.socket.settimeout(PATIENCE)
@@ -1042,12 +1042,13 @@ class Judge(WithExample):
                     self.assertEqual(self.all_answers(ways), [whole] * len(ways))
 
     def test_the_same_when_a_head_comes_in_two_parts(self):
-        """Cut in the middle and before the last byte, so that the server has to wait."""
+        """Cut in the middle, in the first CRLF and before the last byte."""
         heads = [request for _, request in self.KEPT + self.CLOSED]
         for n in range(0, len(heads), 100):
             some = heads[n:n + 100]
             whole = self.all_answers([[request] for request in some])
-            for cuts in ([len(r) // 2 for r in some], [len(r) - 1 for r in some]):
+            for cuts in ([len(r) // 2 for r in some], [len(r) - 1 for r in some],
+                         [r.find(b"\r", 2) + 1 for r in some]):
                 ways = [[r[:cut], r[cut:]] for r, cut in zip(some, cuts)]
                 self.assertEqual(self.all_answers(ways, pause=0.1), whole)
 
@@ -1994,30 +1995,42 @@ class ReloadAndStop(Test):
         with server:
             until(lambda: server.ask(key(1))[2] == b"second")
 
-    def on_terminal(self, *prefix):
-        """Return a server with a terminal of its own, and the terminal's other side."""
+    def on_terminal(self, *prefix, path=EXAMPLE):
+        """Return a server with a terminal of its own, and the terminal's other side.
+
+        The server need not be ready.
+        """
         master, slave = os.openpty()
         self.enter(open(slave, "wb", 0))
         # A session's first terminal becomes its own.
         prefix = ("sh", "-c", 'exec "$@" 3<>' + os.ttyname(slave), "sh") + prefix
         terminal = self.enter(open(master, "wb", 0))
-        server = self.serve(prefix=prefix, stdout=subprocess.DEVNULL,
-                            start_new_session=True, limits={"HANGUP_SECONDS": 0})
+        server = Serving(path, prefix=prefix, stdout=subprocess.DEVNULL,
+                         start_new_session=True, limits={"HANGUP_SECONDS": 0})
+        self.addCleanup(server.__exit__)
         return server, terminal
 
     @ON_LINUX
     def test_the_terminal_is_closed(self):
-        """Then it ends, like any program there."""
-        server, terminal = self.on_terminal()
-        terminal.close()  # the system sends SIGHUP
-        self.assertEqual(server.process.wait(PATIENCE), 0)
-        until(lambda: server.lines()[-1] == "kv: stopped")
+        """Then it ends, like any program there, even if it still loads."""
+        pipe = os.path.join(self.enter(tempfile.TemporaryDirectory()), "pipe")
+        os.mkfifo(pipe)
+        for path in (EXAMPLE, pipe):
+            server, terminal = self.on_terminal(path=path)
+            if path == EXAMPLE:
+                server.__enter__()
+            else:
+                self.enter(open(pipe, "wb"))  # this waits until the server reads it
+            terminal.close()  # the system sends SIGHUP
+            self.assertEqual(server.process.wait(PATIENCE), 0)
+            until(lambda: server.lines()[-1:] == ["kv: stopped"])
 
     @ON_LINUX
     @ON_CPYTHON  # see Limitations
     def test_the_terminal_is_closed_under_nohup(self):
         """Then SIGHUP reloads."""
         server, terminal = self.on_terminal("nohup")
+        server.__enter__()
         terminal.close()
         until(lambda: b"reloaded" in server.log)
         self.assertEqual(server.ask(KEY)[2], VALUE)
@@ -2029,6 +2042,7 @@ class ReloadAndStop(Test):
         shell = ("import os, sys\nif os.fork(): os.wait()\n"
                  "os.setpgid(0, 0); os.execv(sys.argv[1], sys.argv[1:])")
         server, terminal = self.on_terminal(sys.executable, "-c", shell)
+        server.__enter__()
         job = proc(server.pid, "", f"task/{server.pid}/children")
         self.addCleanup(lambda: b"stopped" in server.log or os.kill(job, signal.SIGKILL))
         terminal.close()
@@ -2160,11 +2174,10 @@ class Sockets(Test):
         serve = command("serve", *(arguments or (EXAMPLE,)))[1:]
         return {"words": prefix + serve, "pass_fds": (descriptor,)}
 
-    def listening(self, family=socket.AF_INET):
+    def listening(self, address=("127.0.0.1", 0)):
         """Return a listening socket and its address."""
-        address = ("127.0.0.1", 0)
-        if family == socket.AF_UNIX:
-            address = os.path.join(self.enter(tempfile.TemporaryDirectory()), "kv.sock")
+        is_unix = isinstance(address, str)
+        family = socket.AF_UNIX if is_unix else socket.AF_INET
         listener = self.enter(socket.socket(family))
         listener.bind(address)
         listener.listen(100)
@@ -2220,16 +2233,19 @@ class Sockets(Test):
         self.assertEqual(server.process.wait(PATIENCE), 0)
 
     def test_a_socket_that_is_handed_down(self):
-        for family, place, host in ((socket.AF_INET, "http://127.0.0.1:%d", "127.0.0.1"),
-                                    (socket.AF_UNIX, "unix:%s", "unix:")):
-            listener, address = self.listening(family)
+        path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "kv.sock")
+        abstract = "\0kv-%d" % os.getpid()
+        for address, place, host in ((("127.0.0.1", 0), "http://127.0.0.1:", "127.0.0.1"),
+                                     (path, "unix:" + path, "unix:"),
+                                     (abstract, r"unix:\x00kv", "unix:")):
+            if address == abstract and not sys.platform.startswith("linux"):
+                continue
+            listener, address = self.listening(address)
             server = self.serve(
                 **self.handed_down(listener, EXAMPLE, "--verbose", "--port", "1"))
             with contextlib.closing(Client(address)) as client:
                 self.assertEqual(client.ask(KEY)[2], VALUE)
-            if family == socket.AF_INET:
-                address = address[1]
-            self.assertEqual(server.url, place % address)
+            self.assertTrue(server.url.startswith(place), server.url)
             until(lambda: len(server.lines()) == 2)
             self.assertTrue(server.lines()[1].startswith(host + " - - ["))
             self.assertEqual(server.stop(), 0)
