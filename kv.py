@@ -2170,7 +2170,7 @@ def ask_failure(error: Exception, timeout: float) -> str:
 def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO) -> int:
     """Print the values of keys, one per line. Returns the exit code. Raises OSError.
 
-    The output is the same as if the keys were asked for one by one.
+    If the server answers, the output is as if the keys were asked for one by one.
     """
     code = 0
     for start in range(0, len(keys), KEYS_TOGETHER):
