@@ -1980,31 +1980,42 @@ def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
     There may be any number of keys. Raises what `get` raises, except KeyError.
     """
     names = {key: version_4_uuid(key) for key in keys}
-    asked = list(dict.fromkeys(names.values()))  # each of them once
-    values: Dict[str, bytes] = {}
-    for start in range(0, len(asked), KEYS_TOGETHER):
-        values.update(get_together(asked[start:start + KEYS_TOGETHER], url, timeout))
-    return {key: values[name] for key, name in names.items() if name in values}
+    values = find(list(names.values()), url, timeout)
+    return {key: value for key, value in zip(names, values) if value is not None}
 
 
-def get_together(names: List[str], url: str, timeout: float) -> Dict[str, bytes]:
-    """Return {name: value} for those keys that the server has.
+def find(names: List[str], url: str, timeout: float) -> Iterator[Optional[bytes]]:
+    """Yield the value of each key, or None if the server does not have it.
 
-    Asks for all of them with one request, and if the server refuses that, one by one.
+    Nothing is asked before the first value is wanted. KEYS_TOGETHER keys are asked for in
+    one request, and if the server refuses that, one by one.
     """
-    if len(names) > 1:
-        try:
-            body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
-            return pairs_in_answer(body, names)
-        except (KeyError, BadAnswer):
-            pass  # older versions of kv, and proxies in front of shards, answer like this
-    values = {}
-    for name in names:
-        try:
-            values[name] = ask(name, url, timeout, MAX_VALUE_BYTES)
-        except KeyError:
-            pass
-    return values
+    for start in range(0, len(names), KEYS_TOGETHER):
+        together = names[start:start + KEYS_TOGETHER]
+        values = ask_together(together, url, timeout)
+        for name in together:
+            if values is not None:
+                yield values.get(name)
+                continue
+            try:
+                yield ask(name, url, timeout, MAX_VALUE_BYTES)
+            except KeyError:
+                yield None
+
+
+def ask_together(
+        names: List[str], url: str, timeout: float) -> Optional[Dict[str, bytes]]:
+    """Return {name: value} for those keys that the server has, after one request.
+
+    Returns None if they have to be asked for one by one.
+    """
+    if len(names) == 1:
+        return None
+    try:
+        body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
+        return pairs_in_answer(body, names)
+    except (KeyError, BadAnswer):
+        return None  # older versions of kv, and proxies in front of shards, refuse lists
 
 
 def pairs_in_answer(body: bytes, names: List[str]) -> Dict[str, bytes]:
@@ -2170,31 +2181,32 @@ def ask_failure(error: Exception, timeout: float) -> str:
 def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO) -> int:
     """Print the values of keys, one per line. Returns the exit code. Raises OSError.
 
-    If the server answers, the output is as if the keys were asked for one by one.
+    The output is as if the keys were asked for one by one.
     """
+    names = {}
+    faults = {}
+    for key in keys:
+        try:
+            names[key] = version_4_uuid(key)
+        except ValueError as error:
+            faults[key] = error
+    asked = [names[key] for key in keys if key in names]
+    values = find(asked, options.url, options.timeout)
     code = 0
-    for start in range(0, len(keys), KEYS_TOGETHER):
-        together = keys[start:start + KEYS_TOGETHER]
-        faults = {}
-        for key in together:
-            try:
-                version_4_uuid(key)
-            except ValueError as error:
-                faults[key] = error
-        valid = [key for key in together if key not in faults]
-        values = get_many(valid, options.url, options.timeout)
-        for key in together:
-            if key in values:
-                output.write(values[key] + b"\n")
+    for key in keys:
+        if key in names:
+            value = next(values)
+            if value is not None:
+                output.write(value + b"\n")
                 continue
-            output.flush()  # so that values and messages are in order on a terminal
-            if key in faults:
-                complain(f"{escape(key)}: {faults[key]}")
-                code = 2
-            else:
-                complain(f"{escape(key)}: not found")
-                code = max(code, 1)
-        output.flush()
+            fault = "not found"
+            code = max(code, 1)
+        else:
+            fault = faults[key]
+            code = 2
+        output.flush()  # so that values and messages are in order on a terminal
+        complain(f"{escape(key)}: {fault}")
+    output.flush()
     return code
 
 

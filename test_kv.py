@@ -2156,6 +2156,15 @@ class SeveralKeys(WithExample):
                 self.assertEqual(found, dict(zip(names, (VALUE, OTHER_VALUE))))
                 self.assertEqual(asked, [",".join(names)] + names)
 
+    def test_a_server_that_fails_in_the_middle(self):
+        """The values that came before that are printed."""
+        answers = [b"HTTP/1.0 500 X\r\n\r\n", b"HTTP/1.0 500 Y\r\n\r\n"]
+        answers.insert(1, b"HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\n1234")
+        with answering(answers) as (url, _):
+            got = run("get", "--url", url, OTHER_KEY, "nonsense", KEY, ABSENT)
+        said = "kv: nonsense: not a UUID\nkv: %s answered 500 Y: \n" % url
+        self.assertEqual(got, (2, OTHER_VALUE + b"\n", said.encode()))
+
 
 @ON_POSIX
 class Sockets(Test):
@@ -2371,6 +2380,7 @@ class Get(Commands):
         ("a\x1bb\nc", 2, b"", r"a\x1bb\nc: not a UUID"),
         ("nonsense", 2, b"", NONSENSE, {"KV_URL": CLOSED}),
         ("$KEY", 2, b"", NOBODY, {"KV_URL": CLOSED}),
+        ("nonsense $KEY x", 2, b"", NONSENSE + NOBODY, {"KV_URL": CLOSED}),
         ("--url %s $KEY $KEY" % CLOSED, 2, b"", NOBODY),
         ("$KEY --url http://a..b", 2, b"", "cannot ask http://a..b: *"),
         ("$KEY --url http://no.host.invalid", 2, b"",
