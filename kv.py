@@ -55,6 +55,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import weakref
 from typing import (
     BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Optional, Set,
     Tuple, Union)
@@ -75,7 +76,7 @@ PROGRESS_SECONDS = 1.0        # a load that takes longer shows its progress
 # Sorted files
 PAGE_BYTES = 4096             # bytes to read at a time in a lookup
 MARK_BYTES = 1 << 16          # distance between marks in a file
-MARKS = 20000                 # largest number of marks; in a large file they are farther
+MARKS = 20000                 # maximum number of marks; in larger files they are farther
                               # apart
 
 # Requests
@@ -88,31 +89,33 @@ VERDICT_BYTES = 2000          # longest head whose verdict is remembered
 
 # Answers
 JOINED_BYTES = 1024           # longest body that is joined to its head; a longer one is
-                              # sent from where it lies
+                              # sent without being copied
+JOINED_PARTS = 1024           # parts of answers to send in one call; IOV_MAX of the
+                              # system does not allow more
 PIECE_BYTES = 1 << 15         # bytes of a long value to read at a time
 TURN_BYTES = 1 << 18          # bytes to send to one client before others have a turn;
                               # longer answers get a thread
 # An answer must be taken within ANSWER_SECONDS + its size / ANSWER_BYTES_A_SECOND.
 ANSWER_SECONDS = 10
 ANSWER_BYTES_A_SECOND = 10000
-STALL_SECONDS = 10            # longest time for which a client may take nothing at all
+STALL_SECONDS = 10            # longest time that a client may go without taking anything
 LINGER_SECONDS = 3            # time that a client has to stop sending before a close
 
 # Connections
 MAX_CONNECTIONS = 10000       # without --max-connections
-SPARE_DESCRIPTORS = 32        # open files that are not connections
+SPARE_DESCRIPTORS = 32        # descriptors that are reserved for other open files
 ACCEPT_QUEUE = 1000           # connections that the system queues until they are accepted
 IDLE_SECONDS = 650            # between two requests; more than load balancers allow, so
                               # that they, and not kv, close an idle connection
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # a SIGHUP comes this soon after its terminal was closed
+HANGUP_SECONDS = 1.0          # when a terminal closes, its SIGHUP comes within this time
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
 PATIENCE_SECONDS = 0.0001     # time to poll for more requests before going to sleep
-EVENTS_A_NEWCOMER = 16        # events to handle for each connection that is accepted
+EVENTS_A_NEWCOMER = 16        # when busy, one connection is accepted per this many events
 
 # get
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
@@ -158,7 +161,7 @@ def complain(text: str) -> None:
 
 
 class Log:
-    """The log of a server, on standard error. Writing to it does not wait.
+    """The log of a server, on standard error. Writing to it never blocks.
 
     A line that cannot be written immediately is lost: neither a pipe that nobody reads
     nor a terminal stopped by Ctrl-S may hold up the server.
@@ -174,11 +177,11 @@ class Log:
             self.descriptor = self.nonblocking_descriptor()
 
     def nonblocking_descriptor(self) -> int:
-        """Return a descriptor of standard error that never blocks, or 2 if there is none.
+        """Return a nonblocking descriptor of standard error, or 2 if there is none.
 
         Descriptor 2 must stay a blocking one: other programs, such as the shell, share
-        its mode. Opening the same pipe or terminal again gives a descriptor with its own
-        mode, at least on Linux.
+        its mode. Linux gives a descriptor with its own mode to those who open the same
+        pipe or terminal again. Elsewhere, `put` has to rely on select alone.
         """
         try:
             return os.open("/dev/stderr", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -191,11 +194,11 @@ class Log:
         self.put(data[:LOG_LINE_BYTES - 1] + b"\n")
 
     def put(self, data: bytes) -> None:
-        """Write bytes, if that is possible immediately."""
+        """Write bytes if that is possible without blocking."""
         if not self.is_open:
             return
         try:
-            if os.name == "posix" and self.descriptor == 2:  # it may be one that blocks
+            if os.name == "posix":
                 _, writable, _ = select.select([], [2], [], 0)
                 if not writable:
                     return
@@ -304,9 +307,9 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
             if key not in pairs:  # a Sorted takes only keys above its last one
                 pairs[key] = pair[2]
                 continue
-        if line == b"\n":  # an empty line is no fault
+        if line == b"\n":  # empty lines are allowed
             continue
-        # All that follows is about a bad line.
+        # From here on, the line is a bad one.
         if number == 1:
             refuse_compressed(line, name)
         bad_count += 1
@@ -318,7 +321,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
     if not faults and file.seekable() and stamp(file.fileno()) != stamp_before:
         faults.append(f"{name}: changed while it was read")
     if not faults and not pairs:
-        faults.append(f"{name}: contains no pair")
+        faults.append(f"{name}: contains no pairs")
     if faults:
         raise ValueError("\n".join(faults))
     warnings = []
@@ -381,7 +384,7 @@ class Unreadable(Exception):
 
 
 class Sorted:
-    """The pairs of a file whose keys are in lower case and in order, looked up in it.
+    """The pairs of a file that is sorted by its lower-case keys, looked up in the file.
 
     To the parser this is a dict that takes keys in ascending order only (`in`, item
     assignment, `len`). It keeps none of the pairs, and only records, now and then, how
@@ -392,31 +395,27 @@ class Sorted:
     line begins at -1, as if a newline stood there.
     """
 
-    descriptor: Optional[int] = None  # until os.dup has made one
-
     def __init__(self, file: BinaryIO) -> None:
         self.file = file                         # for the parser, closed after that
         self.descriptor = os.dup(file.fileno())  # for lookups
+        # A reload must not close it, because a thread may still be reading. So it is
+        # closed when nothing refers to these pairs any more.
+        weakref.finalize(self, os.close, self.descriptor)
         self.stamp = stamp(self.descriptor)
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # Marks, in ascending order. Lines with key numbers up to mark_numbers[i] begin
-        # before mark_offsets[i], all others at it or after it. The first and the last
-        # mark stand for the ends of the file.
+        # A mark is the number of a key in the file, and the offset at which the line of
+        # that key ends. So lines with numbers up to that begin before that offset, and
+        # all others begin there or later. The first and the last mark are the ends of
+        # the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
         self.bytes_since_mark = 0
         # Makes preadv read only what is in memory; 0 where the system cannot do that.
         self.nowait_flag = getattr(os, "RWF_NOWAIT", 0)
-        self.is_change_logged = False    # that the file was changed in place
-
-    def __del__(self) -> None:
-        # The file is closed here, and not when a reload replaces these pairs, because a
-        # thread may still be reading them.
-        if self.descriptor is not None:
-            os.close(self.descriptor)
+        self.is_change_logged = False    # whether a change in place was logged
 
     def __len__(self) -> int:
         return self.count
@@ -442,7 +441,7 @@ class Sorted:
         Unless `wait` is true, raises BlockingIOError when pages have to come from the
         disk, and when a long value has to be read. Raises FileChanged and Unreadable.
         """
-        if not KEY_RE.fullmatch(key):  # callers pass paths that were not judged
+        if not KEY_RE.fullmatch(key):  # callers pass paths that are not validated
             return None
         number = key_number(key)
         mark = bisect.bisect_left(self.mark_numbers, number)
@@ -450,13 +449,10 @@ class Sorted:
         high_number = self.mark_numbers[mark]
         low = self.mark_offsets[mark - 1]
         high = self.mark_offsets[mark]
-        # There is a mark on either side, as no version 4 UUID is 0 or 1 << 128.
-        #
-        # Invariant: if the key has a line, it begins at `low` or later, but before
-        # `high`; and low_number < number <= high_number. Each probe raises `low` past the
-        # beginning of the last line in its page, or lowers `high` to `probe`. If a probe
-        # finds no key, high_number stays as it is: it is then a less exact bound, which
-        # makes the next guess worse, but not wrong.
+        # If the key has a line, it begins at `low` or later, but before `high`; and
+        # low_number < number <= high_number. This is true of the marks on either side of
+        # the key (no version 4 UUID is 0 or 1 << 128), and it remains true while each
+        # turn of the loop raises `low` or lowers `high`.
         probes = 0
         while low < high:
             probes += 1
@@ -473,7 +469,7 @@ class Sorted:
             if line >= 0:
                 return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
             if not first:  # no line begins between `probe` and `high`
-                high = probe
+                high = probe  # high_number stays, which is less exact, but not wrong
                 continue
             if key < first[1]:  # the line begins before `probe`
                 high = probe
@@ -497,14 +493,13 @@ class Sorted:
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # A line that begins before `near_end` would have its newline, key and space,
-            # KEY_BYTES + 2 in all, in the page. So none does. (A page at the end of the
-            # file may be shorter than that, so go on by at least one byte.)
-            near_end = offset + len(page) - (KEY_BYTES + 2) + 1
-            offset = self.find_newline(max(near_end, offset + 1), wait)
+            # Go on to the next line. It may begin in this page, so near its end that its
+            # key is cut off: in the last KEY_BYTES + 1 bytes, without the space after it.
+            offset += max(1, len(page) - (KEY_BYTES + 1))
+            offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
             first = FIRST_KEY_RE.search(page)
-            if not first and not wait:
+            if not first and not wait:  # many empty lines, for example
                 raise BlockingIOError("a long search is left to a thread")
         return offset, page, first
 
@@ -556,7 +551,7 @@ class Sorted:
         self.check()
         if len(content) < size and offset + len(content) < self.size:
             if wait:
-                raise Unreadable(f"at most up to byte {offset + len(content)}")
+                raise Unreadable(f"readable only up to byte {offset + len(content)}")
             raise BlockingIOError("only a part of it is in memory")
         return content
 
@@ -626,7 +621,7 @@ class Data:
     """The pairs that a server answers from.
 
     `load` and `reload` are generators that work in short steps. During a reload, requests
-    are answered between the steps; at the start, `load` is run to its end.
+    are answered between the steps; at the start, `load` is run to completion.
     """
 
     def __init__(self, options: argparse.Namespace, log: Log) -> None:
@@ -637,6 +632,7 @@ class Data:
         self.log = log
         self.pairs: Pairs = {}
         self.summary = ""                # as in messages, "10000 pairs"
+        self.warnings: List[str] = []    # what the parser found in the last load
         self.since = ""                  # date of the last load
         self.new_pairs: Pairs = {}       # those of a load that is under way
         self.new_file: Optional[BinaryIO] = None   # the file of that load
@@ -647,6 +643,7 @@ class Data:
         Raises OSError, ValueError and MemoryError.
         """
         self.new_pairs = {}
+        warnings: List[str] = []
         summary = "unchecked pairs"
         with open_data(self.path) as file:
             self.new_file = file
@@ -654,12 +651,11 @@ class Data:
                 self.new_pairs = Sorted(file)
             if self.is_checked:
                 warnings = yield from parse(file, self.name, self.new_pairs)
-                for warning in warnings:
-                    self.log(warning)
                 summary = f"{len(self.new_pairs)} pairs"
         self.pairs = self.new_pairs
         self.new_pairs = {}
         self.summary = summary
+        self.warnings = warnings
         self.since = email.utils.formatdate(usegmt=True)
 
     def reload(self) -> Iterator[None]:
@@ -693,8 +689,12 @@ class Data:
             self.log(f"{failure}\nthe data stays as it was")
 
     def description(self, start: float) -> str:
-        """Return what the log says of a load; `start` is a time.monotonic()."""
-        return f"{self.summary} of {self.name} in {time.monotonic() - start:.2f} s"
+        """Return what the log says of a load, with the warnings on lines before that.
+
+        `start` is a time.monotonic().
+        """
+        success = f"{self.summary} of {self.name} in {time.monotonic() - start:.2f} s"
+        return "\n".join(self.warnings + [success])
 
     def progress(self, start: float) -> str:
         """Return how far a load has come; `start` is a time.monotonic()."""
@@ -710,7 +710,7 @@ class Data:
 def load_failure(error: Exception, name: str) -> str:
     """Return why the data file called `name` was not loaded, in one or more lines."""
     if isinstance(error, MemoryError):
-        return f"{name}: too large for the memory; --sorted needs less"
+        return f"{name}: does not fit in memory; --sorted needs less"
     if isinstance(error, OSError):
         return f"{name}: {error.strerror or error}"
     return str(error)
@@ -723,8 +723,9 @@ def load_failure(error: Exception, name: str) -> str:
 # As a client sends the same fields with each of its requests, the verdict on them is
 # remembered.
 #
-# A verdict is a tuple of three: the status of the answer; if that is an error, a line of
-# text that says what is wrong, else b""; and whether to close the connection after it.
+# A verdict is a tuple (status, text, must_close): the status of the answer; a line that
+# says what is wrong, or b"" if nothing is; and whether to close the connection after the
+# answer.
 
 Verdict = Tuple[int, bytes, bool]
 
@@ -741,8 +742,9 @@ HOST = (                                                      # RFC 3986 section
     rb"(?::[0-9]{0,5})?")                                     # and an optional port
 HOST_RE = re.compile(HOST)
 ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.*)?")
-LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")  # "GET /x HT"
 BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")
+# What a request line may look like before it is complete, such as "GET /x HT"
+LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
 OTHER_METHODS = (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH")
 
 
@@ -761,10 +763,10 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the path in it, without its first slash, and the verdict. With status 200, the
-    path is not judged here, and may have any byte in it but a space, even CR and LF:
-    nearly all paths are keys that are found as they are, and `judge_path` judges the
-    others.
+    Returns the path in it, without its first slash, and the verdict. A verdict of 200 is
+    not about the path, which may then have any byte in it but a space, even CR or LF.
+    Nearly all paths are keys, and found as they are. `judge_path` judges those that are
+    not found.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -782,12 +784,12 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     status = verdict[0]
     if status == 200 and target[:1] == b"/":
         return target[1:], verdict
-    # The status should not depend on how a head is cut into packets. judge_beginning
-    # refuses a malformed target as soon as the request line is complete, whatever fields
-    # follow. So here, too, a malformed target comes before any other fault.
+    # A malformed target is refused first, whatever else is wrong: judge_beginning refuses
+    # it, too, before the fields have come, and the status should not depend on how a head
+    # is cut into packets.
     if not TARGET_RE.fullmatch(target):
         return b"", MALFORMED_LINE
-    if status == 505:  # other versions of HTTP have other targets
+    if status == 505:  # another version of HTTP may have other forms of a target
         return b"", verdict
     path = path_of(method, target)
     if path is None:
@@ -839,8 +841,6 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     lengths = fields[b"content-length"]
     codings = fields[b"transfer-encoding"]
     has_body = bool(codings) or lengths not in ([], [b"0"])
-    if has_body and method in (b"GET", b"HEAD"):
-        return refusal(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
     if lengths and codings:
         return refusal(
             400, "both Content-Length and Transfer-Encoding (RFC 9112 section 6.2)")
@@ -848,6 +848,8 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
         return refusal(400, "malformed Content-Length (RFC 9112 section 6.2)")
     if codings and not are_valid_codings(list_elements(codings)):
         return refusal(400, "malformed Transfer-Encoding (RFC 9112 section 6.1)")
+    if has_body and method in (b"GET", b"HEAD"):
+        return refusal(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
 
     expectations = list_elements(fields[b"expect"])
     if fields[b"expect"] and set(expectations) != {b"100-continue"}:
@@ -875,7 +877,7 @@ def list_elements(values: List[bytes]) -> List[bytes]:
 
 
 def are_valid_codings(codings: List[bytes]) -> bool:
-    """Return whether transfer codings are tokens, and chunked is the last one, once."""
+    """Return whether transfer codings are tokens, and only the last one is chunked."""
     if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
         return False
     return all(TOKEN_RE.fullmatch(coding) for coding in codings)
@@ -927,8 +929,8 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
         if LINE_BEGINNING_RE.fullmatch(line):
             return None
         return MALFORMED_LINE
-    # Judge the line with a field that is in order. These two refusals are final, because
-    # they come before any fault in the fields. Others have to wait for the fields.
+    # Judge the request line together with a valid field. Only the two refusals below are
+    # final. Other verdicts depend on the fields, which have yet to come.
     path, verdict = judge(line + b"\r\nHost: kv")
     if verdict[0] == 200:
         _, verdict = judge_path(path)
@@ -1023,7 +1025,7 @@ class Connection:
         self.must_linger = False
         # The time.monotonic() at which the server began to wait for the client: for a
         # request, for the rest of one, or for the client to take an answer. It is NEVER
-        # while a thread does something else for it, and until the loop has taken it back.
+        # while the server does not wait for the client.
         self.waiting_since = NEVER
 
 
@@ -1099,8 +1101,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        # If the loop has sent the whole answer, hand_over has set `waiting_since`.
-        if connection.waiting_since == NEVER:
+        if connection.waiting_since == NEVER:  # else it is when the loop sent the answer
             connection.waiting_since = now
         deadline = now + LINGER_SECONDS
         while now < deadline:
@@ -1125,9 +1126,10 @@ class Server(http.server.ThreadingHTTPServer):
     memory. Making the socket and running a Handler in a thread are inherited from
     ThreadingHTTPServer; serve_forever is overridden.
 
-    Connections that wait for their clients are in one of two dicts, in the order in which
-    they began to wait: in `idle` for their next request, in `beginnings` for the rest of
-    a head. So the first one of each is the next to expire, or to be evicted.
+    The loop keeps its connections in two dicts, in the order in which they began to wait
+    for their clients: in `idle` for the next request, in `beginnings` for the rest of a
+    head. So the first one of each is the next to expire, or to be evicted. Those that
+    belong to threads are in `handed_over`.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1143,12 +1145,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.data = data
         self.log = log
         self.signals = signals
-        # Each connection is in one of these three, except one that was just accepted.
+        # Each connection is in one of the first three.
         self.idle: "collections.OrderedDict[Connection, None]" = collections.OrderedDict()
         self.beginnings: "collections.OrderedDict[Connection, None]" = (
             collections.OrderedDict())
         self.handed_over: Set[Connection] = set()
-        self.returned: Deque[Connection] = collections.deque()  # by threads, for the loop
+        self.returned: Deque[Connection] = collections.deque()  # threads are done with it
         self.max_connections = options.max_connections
         self.selector = selectors.DefaultSelector()
         self.is_accepting = False            # whether the listening socket is registered
@@ -1174,7 +1176,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.address_family, _, _, _, address = found[0]
         super().__init__(address, Handler, bind_and_activate=False)
         if listener:
-            self.socket.close()  # which TCPServer has made
+            self.socket.close()  # the one that TCPServer.__init__ has made
             self.socket = listener
         if isinstance(address, tuple):  # the address of a Unix socket is a path
             self.set_tcp_options()
@@ -1188,8 +1190,8 @@ class Server(http.server.ThreadingHTTPServer):
         # Without Nagle's algorithm, an answer does not wait until the client has
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The system keeps only this much that is not sent yet. So sending more than a
-        # slow client takes has to wait, and the deadlines of a Handler apply.
+        # Let the system hold only this much that is not sent yet. So a Handler that sends
+        # more to a slow client has to wait, and its deadlines apply.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, TURN_BYTES)
@@ -1211,7 +1213,7 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 self.run_round()
             except Exception as error:  # MemoryError, for instance, can come anywhere
-                self.evict_longest_waiting()  # which frees memory, should that lack
+                self.evict_longest_waiting()  # which frees memory, if that has run out
                 self.log(f"fault in the loop: {error!r}")
 
     def is_stopped(self) -> bool:
@@ -1232,9 +1234,9 @@ class Server(http.server.ThreadingHTTPServer):
             if connection is None:  # the listening socket
                 has_newcomer = True
                 continue
-            if connection.waiting_since == NEVER:
-                # It still belongs to a thread, which has registered it since take_back
-                # was called. The event comes again in the next round.
+            if connection in self.handed_over:
+                # A thread has given it back after take_back was called. The event comes
+                # again in the next round.
                 continue
             try:
                 self.receive(connection)
@@ -1375,7 +1377,7 @@ class Server(http.server.ThreadingHTTPServer):
         if longest not in self.handed_over:
             self.close(longest)
             return True
-        self.handed_over.discard(longest)
+        longest.waiting_since = NEVER  # do not evict it again while its thread ends
         try:
             longest.socket.shutdown(socket.SHUT_RDWR)  # its thread gets an error
         except OSError:
@@ -1393,10 +1395,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.idle[connection] = None
 
     def forget(self, connection: Connection) -> None:
-        """Stop tracking a connection."""
+        """Stop tracking a connection in the loop."""
         self.idle.pop(connection, None)
         self.beginnings.pop(connection, None)
-        self.handed_over.discard(connection)
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
@@ -1429,8 +1430,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.hand_over(connection, NEVER)
             return
         if connection.received and not connection.must_close:
-            # A beginning is judged when it is new, when a line has ended and when it has
-            # become long. To judge it after each byte would take quadratic time.
+            # A beginning is judged when it is new, when a line has ended, and whenever
+            # more comes of a long one. To judge a short one after each byte, too, would
+            # take quadratic time.
             has_line_end = b"\r" in data or b"\n" in data
             is_long = len(connection.received) > LINE_BYTES
             if not earlier or has_line_end or is_long:
@@ -1446,7 +1448,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
         elif earlier or connection.received:
             self.keep(connection)
-        else:  # it is in `idle` already, so this does what `keep` does, but faster
+        else:  # it was in `idle` and stays there: this is `keep`, but faster
             connection.waiting_since = self.now
             self.idle.move_to_end(connection)
 
@@ -1483,8 +1485,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if connection.received or not is_last:  # these are never answered
                     connection.must_linger = True
                 return
-            if size > TURN_BYTES:  # then `send` leaves these and the rest to a thread
-                self.put_back(connection, heads[number:])
+            if size > TURN_BYTES:  # so much is not sent in the loop, but in a thread,
+                self.put_back(connection, heads[number:])  # which answers the rest, too
                 return
 
     def put_back(self, connection: Connection, heads: List[bytes]) -> None:
@@ -1572,8 +1574,8 @@ class Server(http.server.ThreadingHTTPServer):
         if head.startswith(b"HEAD "):
             body = b""
         if connection.must_close:
-            # The client may be sending a body, with which status is neither 200 nor 404,
-            # or something else during a long answer.
+            # The client may still be sending: a body, if the status is neither 200 nor
+            # 404, or more requests, during a long answer.
             may_have_body = status not in (200, 404)
             connection.must_linger = may_have_body or len(body) > PIECE_BYTES
         if self.log.is_verbose:
@@ -1602,10 +1604,7 @@ class Server(http.server.ThreadingHTTPServer):
             if len(unsent) == 1:
                 sent = connection.socket.send(unsent[0])
             elif CAN_GATHER and sum(map(len, unsent)) <= TURN_BYTES:
-                # The system allows 1,024 parts. A request that is not the last one has at
-                # least 26 bytes ("GET / HTTP/1.1", "Host:a" and line ends). So there are
-                # at most 316 answers, of two parts each.
-                sent = connection.socket.sendmsg(unsent)
+                sent = connection.socket.sendmsg(unsent[:JOINED_PARTS])
             else:
                 return False
         except BlockingIOError:
@@ -1639,7 +1638,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Start a thread, or close the connection if the system cannot start one.
 
         This avoids threading.Thread.start, which ThreadingMixIn uses: it waits until the
-        thread runs, and it never does if it lacks the memory for that.
+        new thread runs, which is forever if that thread first runs out of memory.
         """
         try:
             _thread.start_new_thread(
@@ -1673,10 +1672,9 @@ class Server(http.server.ThreadingHTTPServer):
         if not request.must_close:
             try:
                 request.socket.setblocking(False)
-                # Threads may register while the loop waits in select. If the client has
-                # sent data, epoll and kqueue notice at once, other selectors at the next
-                # tick. No lock is needed: only select goes through all that is
-                # registered, and it does that in one step of the interpreter.
+                # The loop may be waiting in select at this moment. If the client has sent
+                # data, epoll and kqueue notice at once (see epoll_wait(2)), and other
+                # selectors at the next tick.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.must_close = True
@@ -1737,9 +1735,10 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice that the terminal is gone, and no SIGHUP has come within HANGUP_SECONDS:
-        shells send none to some jobs in the background. From then on, SIGHUP asks for a
-        reload.
+        """Let SIGHUP ask for a reload once the terminal has been gone for HANGUP_SECONDS.
+
+        If the server still runs then, the SIGHUP of that terminal has not come, and never
+        will: shells send none to some of the jobs in the background.
         """
         if not self.ends_with_terminal:
             return
@@ -1842,7 +1841,7 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
 def handed_down_socket() -> Optional[socket.socket]:
     """Return the listening socket that systemd hands down, or None: sd_listen_fds(3).
 
-    Raises CannotServe if it is not a single stream socket that listens.
+    Raises CannotServe if it is not a single listening stream socket.
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
@@ -1856,7 +1855,7 @@ def handed_down_socket() -> Optional[socket.socket]:
     except OSError as error:
         raise CannotServe(f"descriptor 3 from systemd: {error.strerror}")
     if not is_listening:
-        raise CannotServe("descriptor 3 from systemd: not a stream socket that listens")
+        raise CannotServe("descriptor 3 from systemd: not a listening stream socket")
     return listener
 
 
@@ -2013,15 +2012,15 @@ def ask_together(
         return None
     try:
         body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
-        return pairs_in_answer(body, names)
     except (KeyError, BadAnswer):
         return None  # older versions of kv, and proxies in front of shards, refuse lists
+    return pairs_in_answer(body, names)
 
 
-def pairs_in_answer(body: bytes, names: List[str]) -> Dict[str, bytes]:
+def pairs_in_answer(body: bytes, names: List[str]) -> Optional[Dict[str, bytes]]:
     """Return {name: value} of an answer for several keys, which is a data file.
 
-    Raises BadAnswer if it is not one, or has other keys.
+    Returns None if it is not one, or has other keys.
     """
     values = {}
     *lines, rest = body.split(b"\n")
@@ -2031,7 +2030,7 @@ def pairs_in_answer(body: bytes, names: List[str]) -> Dict[str, bytes]:
             values[key.decode("latin-1")] = value
     is_malformed = rest or len(values) < len(lines)  # a line without a space, a key twice
     if is_malformed or not values.keys() <= set(names):
-        raise BadAnswer("lines that were not asked for")
+        return None
     return values
 
 
@@ -2055,7 +2054,8 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
         with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
             size = body_size(answer)
             if size > max_bytes:
-                raise BadAnswer(f"{place} answered with {size} bytes, which is too much")
+                raise BadAnswer(
+                    f"{place} answered with {size} bytes, more than {max_bytes}")
             return read_body(answer, size)
     except BadAnswer:
         raise
@@ -2109,7 +2109,7 @@ def check_url(url: str) -> None:
 def check_timeout(seconds: float) -> None:
     """Raise ValueError if a timeout is not one that sockets accept."""
     if not 0 < seconds <= MAX_TIMEOUT:
-        raise ValueError(f"{seconds:g} is not above 0 and at most {MAX_TIMEOUT} seconds")
+        raise ValueError(f"the timeout must be above 0 and at most {MAX_TIMEOUT} seconds")
 
 
 def proxy_for(url: str) -> Optional[str]:
@@ -2314,9 +2314,9 @@ def make_parser() -> Parser:
         help="The port to listen on, by default %(default)s; 0 picks a free one.")
     command.add_argument(
         "--max-connections", metavar="COUNT", type=whole_number(1, 1000000),
-        help="Hold at most this many connections. A further one replaces the one that "
-             "has been waiting longest. By default as many as the limit of open files "
-             f"allows, up to {MAX_CONNECTIONS}.")
+        help="Hold at most this many connections. Beyond that, a new one replaces the "
+             "one that has been waiting longest. By default as many as the limit of open "
+             f"files allows, up to {MAX_CONNECTIONS}.")
     command.add_argument(
         "--reuse-port", action="store_true",
         help="Share the port with other servers that were started with this option. The "
