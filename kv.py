@@ -41,6 +41,7 @@ import errno
 import functools
 import http.client
 import http.server
+import ipaddress
 import itertools
 import os
 import re
@@ -88,6 +89,7 @@ VERDICTS = 1024               # number of verdicts that are remembered
 VERDICT_BYTES = 2000          # longest head whose verdict is remembered
 
 # Answers
+UNSENT_BYTES = 1 << 16        # bytes of answers to one client for the system to queue
 JOINED_BYTES = 1024           # longest body that is joined to its head; a longer one is
                               # sent without being copied
 JOINED_PARTS = 1024           # parts of answers to send in one call; IOV_MAX of the
@@ -299,13 +301,14 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         if step_bytes > STEP_BYTES:
             step_bytes = 0
             yield
-        if all_end_in_cr:
-            all_end_in_cr = line.endswith(b"\r\n")
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
             if key not in pairs:  # a Sorted takes only keys above its last one
-                pairs[key] = pair[2]
+                value = pair[2]
+                pairs[key] = value
+                if all_end_in_cr:
+                    all_end_in_cr = value.endswith(b"\r")
                 continue
         if line == b"\n":  # empty lines are allowed
             continue
@@ -318,12 +321,12 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
             faults.append(f"{name}:{number}: {what_is_wrong(line, pairs)}: {shown!r}")
     if bad_count > BAD_LINES_SHOWN:
         faults.append(f"{name}: and {bad_count - BAD_LINES_SHOWN} more bad lines")
-    if not faults and file.seekable() and stamp(file.fileno()) != stamp_before:
-        faults.append(f"{name}: changed while it was read")
-    if not faults and not pairs:
-        faults.append(f"{name}: contains no pairs")
+    if file.seekable() and stamp(file.fileno()) != stamp_before:
+        raise ValueError(f"{name}: changed while it was read")
     if faults:
         raise ValueError("\n".join(faults))
+    if not pairs:
+        raise ValueError(f"{name}: contains no pairs")
     warnings = []
     if not line.endswith(b"\n"):
         warnings.append(f"{name}: the last line has no newline; was the file cut off?")
@@ -360,7 +363,7 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
         if not SORTED_PAIR_RE.match(line):
             return "a key in upper case, which --sorted does not accept"
         if line[:KEY_BYTES] < pairs.last_key:
-            return "a key below the one before it; sort the file with LC_ALL=C sort"
+            return "a key below an earlier one; sort the file with LC_ALL=C sort"
     return "duplicate key, first on an earlier line"
 
 
@@ -742,6 +745,8 @@ HOST = (                                                      # RFC 3986 section
     rb"(?::[0-9]{0,5})?")                                     # and an optional port
 HOST_RE = re.compile(HOST)
 ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.*)?")
+CODING_RE = re.compile(                                       # RFC 9112 section 7
+    TOKEN + rb"(?:[\t ]*;[\t ]*" + TOKEN + rb"[\t ]*=[\t ]*" + TOKEN + rb")*")
 BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")
 # What a request line may look like before it is complete, such as "GET /x HT"
 LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
@@ -801,13 +806,19 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the part received so far, is too long; else None."""
     if len(head) <= LINE_BYTES:
         return None
+    # Faults in the part that is not too long come first. If that part had come alone,
+    # judge_beginning would have refused it.
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     method = line.partition(b" ")[0]
     if len(line) > LINE_BYTES:
+        if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
+            return MALFORMED_LINE
         if len(method) > METHOD_BYTES:
             return refusal(501, "unknown method (RFC 9112 section 3)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
+        if BARE_LINE_END_RE.search(head[:HEAD_BYTES]):
+            return BARE_LINE_END
         return refusal(431, f"request head longer than {HEAD_BYTES} bytes")
     return None
 
@@ -877,10 +888,10 @@ def list_elements(values: List[bytes]) -> List[bytes]:
 
 
 def are_valid_codings(codings: List[bytes]) -> bool:
-    """Return whether transfer codings are tokens, and only the last one is chunked."""
+    """Return whether transfer codings are well formed, and only the last is chunked."""
     if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
         return False
-    return all(TOKEN_RE.fullmatch(coding) for coding in codings)
+    return all(CODING_RE.fullmatch(coding) for coding in codings)
 
 
 def path_of(method: bytes, target: bytes) -> Optional[bytes]:
@@ -1133,8 +1144,8 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = ACCEPT_QUEUE
-    allow_reuse_address = os.name == "posix"  # on Windows, two servers could share a port
-    allow_reuse_port = False                  # --reuse-port does this, in all Pythons
+    allow_reuse_address = False          # see server_bind
+    allow_reuse_port = False             # --reuse-port does this, in all Pythons
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
                  signals: "Signals", listener: Optional[socket.socket] = None) -> None:
@@ -1190,17 +1201,35 @@ class Server(http.server.ThreadingHTTPServer):
         # Without Nagle's algorithm, an answer does not wait until the client has
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Let the system hold only this much that is not sent yet. So a Handler that sends
-        # more to a slow client has to wait, and its deadlines apply.
+        # If the system queued much, a Handler would learn only late, and seldom, that a
+        # slow client has taken some of it.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, TURN_BYTES)
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def server_bind(self) -> None:
-        """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
+        """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
+
+        The system may still remember connections of an earlier server on this port, and
+        ignores them only with SO_REUSEADDR. But with that, it would also let another
+        server take the port during the load. So it is set only while it is needed.
+        """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
+        try:
+            socketserver.TCPServer.server_bind(self)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or os.name != "posix":
+                raise
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            socketserver.TCPServer.server_bind(self)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
+    def server_activate(self) -> None:
+        """Listen. Raises OSError."""
+        if os.name == "posix":  # for the connections that this server leaves
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().server_activate()
 
     # The loop
 
@@ -1238,11 +1267,7 @@ class Server(http.server.ThreadingHTTPServer):
                 # A thread has given it back after take_back was called. The event comes
                 # again in the next round.
                 continue
-            try:
-                self.receive(connection)
-            except Exception:
-                self.close(connection)
-                self.handle_error(connection, connection.address)  # logs the fault
+            self.try_to_receive(connection)
         if has_newcomer:
             # This comes last, as it may evict a client that has an event in this round.
             # Newcomers get a share of the time, so that nobody has to wait long.
@@ -1331,6 +1356,9 @@ class Server(http.server.ThreadingHTTPServer):
                 return True  # the next try may succeed
             self.pause_accepting()
             return False
+        except MemoryError:
+            self.pause_accepting()
+            return False
         if is_full:
             self.evict_longest_waiting()
         name = "unix:"  # a client of a Unix socket has no address
@@ -1344,6 +1372,9 @@ class Server(http.server.ThreadingHTTPServer):
             client_socket.close()
             return True
         self.keep(connection)
+        # Often, the request is already there. If it were not taken now, the connection
+        # could be evicted by the next newcomer, at a stop for example.
+        self.try_to_receive(connection)
         return True
 
     def pause_accepting(self) -> None:
@@ -1410,6 +1441,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     # Requests
 
+    def try_to_receive(self, connection: Connection) -> None:
+        """Do what `receive` does. If it fails, log that and close the connection."""
+        try:
+            self.receive(connection)
+        except Exception:
+            self.close(connection)
+            self.handle_error(connection, connection.address)
+
     def receive(self, connection: Connection) -> None:
         """Take what a client has sent, and answer all complete requests in it."""
         try:
@@ -1465,8 +1504,10 @@ class Server(http.server.ThreadingHTTPServer):
         for number, head in enumerate(heads, 1):
             if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
                 head = head[2:]
-            path, verdict = judge(head)
+            must_close = True  # if there is a fault in judging
             try:
+                path, verdict = judge(head)
+                _, _, must_close = verdict
                 status, body, must_close = self.answer(path, verdict, get)
             except BlockingIOError:
                 self.put_back(connection, heads[number - 1:])  # this one, too
@@ -1475,9 +1516,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.report_fault(error, connection.address)
                 status = 500
                 body = INTERNAL_ERROR
-                _, _, must_close = verdict
             is_last = number == len(heads)
-            if self.is_stopping and is_last:
+            if self.is_stopping and is_last and not has_sent_more(connection):
                 must_close = True
             connection.must_close = must_close
             size += self.add_answer(connection, head, status, body)
@@ -1705,7 +1745,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop listening. From now on, connections are closed after their next answer."""
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
-        for _ in range(ACCEPT_QUEUE):  # those that are still in the queue are answered
+        # Those that are still in the queue are answered. Linux puts one more into it.
+        for _ in range(ACCEPT_QUEUE + 1):
             if not self.is_accepting or not self.accept():
                 break
         if self.is_accepting:
@@ -1758,10 +1799,19 @@ class Signals:
         else:
             self.hangup = True
 
-    def on_stop(self, *_) -> None:
+    def on_stop(self, number: int, _) -> None:
         self.stop = True
-        # The next Ctrl-C ends the server at once.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:  # the next Ctrl-C ends the server at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def has_sent_more(connection: Connection) -> bool:
+    """Return whether a client has sent more than what was received."""
+    connection.socket.setblocking(False)
+    try:
+        return bool(connection.socket.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 def has_terminal() -> bool:
@@ -1940,7 +1990,6 @@ def host_and_port(host: str, port: int) -> str:
 # ---------------------------------------------------------------------------
 # get
 
-LOOPBACK_RE = re.compile(r"localhost|127\.[0-9.]+|::1")
 REFUSED = "Connection refused"
 
 Key = Union[str, uuid.UUID]
@@ -1954,11 +2003,17 @@ class BadAnswer(AskError):
     """A server answers with an error, with too much, or with what was not asked for."""
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Treats a redirect as an error: kv never sends one."""
+class Only200(urllib.request.HTTPErrorProcessor):
+    """Treats any other status as an error, even redirects: kv never sends them."""
 
-    def redirect_request(self, *_) -> None:
-        """Return None, which makes urllib raise HTTPError."""
+    def http_response(self, request, response):
+        if response.status != 200:
+            raise urllib.error.HTTPError(
+                request.full_url, response.status, response.reason, response.headers,
+                response)
+        return response
+
+    https_response = http_response
 
 
 def get(key: Key, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT) -> bytes:
@@ -2048,8 +2103,9 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
     proxy = proxy_for(url)
     if proxy:
         proxies[urllib.parse.urlsplit(url).scheme] = proxy
-        place = f"{url} through the proxy {proxy.rpartition('@')[2]}"  # no password
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), NoRedirect)
+        shown = escape(proxy.rpartition("@")[2])  # without the password
+        place = f"{url} through the proxy {shown}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), Only200)
     try:
         with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
             size = body_size(answer)
@@ -2063,9 +2119,11 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
         body = read_error(error)
         if error.code == 404 and body == KEY_NOT_FOUND:
             raise KeyError(path) from None
+        said = f"{error.code} {error.reason}"
         line = body.decode("utf-8", "replace").partition("\n")[0]
-        said = shorten(f"{error.code} {error.reason}: {line}")
-        raise BadAnswer(f"{place} answered {said}") from None
+        if line:
+            said += f": {line}"
+        raise BadAnswer(f"{place} answered {shorten(said)}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = ask_failure(error, timeout)
         if reason == REFUSED and not proxy:
@@ -2079,15 +2137,20 @@ def version_4_uuid(key: Key) -> str:
     try:
         identifier = uuid.UUID(str(key))
     except ValueError:
-        raise ValueError("not a UUID") from None
+        raise ValueError(f"{escape(str(key))}: not a UUID") from None
     if identifier.version != 4:
-        raise ValueError("a UUID, but not of version 4")
+        raise ValueError(f"{escape(str(key))}: a UUID, but not of version 4")
     return str(identifier)
 
 
 def check_url(url: str) -> None:
     """Raise ValueError if `url` is not the URL of a server."""
-    parts = urllib.parse.urlsplit(url)
+    if " " in url or not url.isprintable():
+        raise ValueError(f"{escape(url)}: spaces and control characters are not allowed")
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from None
     if "://" not in url:
         raise ValueError(f"{url}: add http:// before it")
     if parts.scheme not in ("http", "https"):
@@ -2109,21 +2172,32 @@ def check_url(url: str) -> None:
 def check_timeout(seconds: float) -> None:
     """Raise ValueError if a timeout is not one that sockets accept."""
     if not 0 < seconds <= MAX_TIMEOUT:
-        raise ValueError(f"the timeout must be above 0 and at most {MAX_TIMEOUT} seconds")
+        raise ValueError(f"{seconds:g} is not above 0 and at most {MAX_TIMEOUT} seconds")
 
 
 def proxy_for(url: str) -> Optional[str]:
     """Return the proxy to use for a URL, or None. Loopback addresses never have one."""
     parts = urllib.parse.urlsplit(url)
-    if LOOPBACK_RE.fullmatch(parts.hostname) or urllib.request.proxy_bypass(parts.netloc):
+    if is_loopback(parts.hostname) or urllib.request.proxy_bypass(parts.netloc):
         return None
     return urllib.request.getproxies().get(parts.scheme)
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a host is `localhost` or a loopback address, in any of its forms."""
+    if host == "localhost":
+        return True
+    try:
+        if ":" not in host:
+            return socket.inet_aton(host)[0] == 127
+        address = ipaddress.IPv6Address(host)
+        return (address.ipv4_mapped or address).is_loopback
+    except (OSError, ValueError):
+        return False  # it is a name
+
+
 def body_size(answer: http.client.HTTPResponse) -> int:
     """Return the size of a body, in bytes. Raises OSError if the answer is not kv's."""
-    if answer.status != 200:
-        raise OSError(f"unexpected status {answer.status} {answer.reason}")
     if answer.getheader("Content-Encoding") or answer.getheader("Transfer-Encoding"):
         raise OSError("unexpected Content-Encoding or Transfer-Encoding")
     if answer.headers.get_content_type() != "text/plain":
@@ -2163,7 +2237,9 @@ def read_error(error: urllib.error.HTTPError) -> bytes:
 
 def ask_failure(error: Exception, timeout: float) -> str:
     """Return why a server could not be asked."""
-    reason = getattr(error, "reason", error)  # what a URLError wraps
+    reason = error
+    if isinstance(error, urllib.error.URLError):
+        reason = error.reason  # the error that it wraps
     text = shorten(getattr(reason, "strerror", None) or str(reason).strip())
     if isinstance(reason, ConnectionRefusedError):
         return REFUSED
@@ -2173,8 +2249,10 @@ def ask_failure(error: Exception, timeout: float) -> str:
         return "the server does not speak TLS; use http://"
     if isinstance(reason, http.client.RemoteDisconnected):  # a kind of BadStatusLine
         return "the connection was closed without an answer"
-    if isinstance(reason, http.client.BadStatusLine):
-        return f"not an HTTP server: {text}"
+    if isinstance(reason, (http.client.BadStatusLine, http.client.UnknownProtocol)):
+        return f"not an HTTP/1.1 server: {text}"
+    if isinstance(reason, UnicodeError):
+        return "not a valid host name or path"
     return text
 
 
@@ -2189,7 +2267,7 @@ def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO)
         try:
             names[key] = version_4_uuid(key)
         except ValueError as error:
-            faults[key] = error
+            faults[key] = str(error)
     asked = [names[key] for key in keys if key in names]
     values = find(asked, options.url, options.timeout)
     code = 0
@@ -2199,13 +2277,12 @@ def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO)
             if value is not None:
                 output.write(value + b"\n")
                 continue
-            fault = "not found"
+            faults[key] = f"{escape(key)}: not found"
             code = max(code, 1)
         else:
-            fault = faults[key]
             code = 2
         output.flush()  # so that values and messages are in order on a terminal
-        complain(f"{escape(key)}: {fault}")
+        complain(faults[key])
     output.flush()
     return code
 
@@ -2287,6 +2364,17 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def timeout_option(text: str) -> float:
+    """Read a timeout in seconds, for argparse."""
+    try:
+        seconds = float(text)
+        check_timeout(seconds)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not above 0 and at most {MAX_TIMEOUT} seconds")
+    return seconds
+
+
 def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
@@ -2342,7 +2430,7 @@ def make_parser() -> Parser:
         "--url", default=DEFAULT_URL,
         help="The URL of the server. By default $KV_URL, or http://127.0.0.1:8000.")
     command.add_argument(
-        "--timeout", metavar="SECONDS", type=float, default=DEFAULT_TIMEOUT,
+        "--timeout", metavar="SECONDS", type=timeout_option, default=DEFAULT_TIMEOUT,
         help="Give up when the server is silent for this long. By default %(default)g s.")
     return parser
 
@@ -2366,10 +2454,6 @@ def check_get_options(options: argparse.Namespace) -> None:
         check_url(options.url)
     except ValueError as error:
         options.parser.error(f"--url: {error}")
-    try:
-        check_timeout(options.timeout)
-    except ValueError as error:
-        options.parser.error(f"--timeout: {error}")
 
 
 def check_command(command: str, parser: Parser) -> None:
