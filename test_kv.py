@@ -1501,7 +1501,7 @@ class Limits(Test):
                # it then takes so many bytes each, before it takes the rest
         ({"ANSWER_SECONDS": 0.2, "ANSWER_BYTES_A_SECOND": 500000}, 0, 5, 100000),
         ({"STALL_SECONDS": 1, "ANSWER_BYTES_A_SECOND": 100000}, 6000000, 15, 100000),
-        ({"STALL_SECONDS": 1}, 0, 25, 9000))
+        ({"STALL_SECONDS": 1}, 0, 18, 9000))
 
     def test_deadlines(self):
         def is_kept(limits, first, on_and_on, seconds, status):
@@ -1599,7 +1599,7 @@ class Limits(Test):
         def stick(server, client):
             client.send(GET_KEY)
             until(lambda: 0 < unsent_bytes(server, client) == (
-                time.sleep(0.2) or unsent_bytes(server, client)))
+                time.sleep(0.1) or unsent_bytes(server, client)))
 
         def linger(server, client):
             client.send(b"bad\r\n")
@@ -2266,7 +2266,7 @@ class Sockets(Test):
 
     def test_who_waits_to_be_accepted_is_answered(self):
         """Even many requests, and those of more clients than may be connected."""
-        for options, count, requests in (((), 50, 1000),
+        for options, count, requests in (((), 20, 300),
                                          (("--max-connections", "10"), 200, 1)):
             server = self.serve(EXAMPLE, *options)
             server.send_signal(signal.SIGSTOP)
