@@ -101,13 +101,13 @@ TURN_BYTES = 1 << 18          # bytes to send to one client before others have a
 ANSWER_SECONDS = 10
 ANSWER_BYTES_A_SECOND = 10000
 STALL_SECONDS = 10            # longest time that a client may go without taking anything
-LINGER_SECONDS = 3            # time that a client has to stop sending before a close
+LINGER_SECONDS = 3            # time that a client has to stop sending, before a close
 
 # Connections
 MAX_CONNECTIONS = 10000       # without --max-connections
 SPARE_DESCRIPTORS = 32        # descriptors that are reserved for other open files
 ACCEPT_QUEUE = 1000           # connections that the system queues until they are accepted
-IDLE_SECONDS = 650            # between two requests; more than load balancers allow, so
+IDLE_SECONDS = 650            # between two requests; longer than load balancers wait, so
                               # that they, and not kv, close an idle connection
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
@@ -124,7 +124,7 @@ DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = 10.0        # seconds
 MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
 MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
-KEYS_TOGETHER = 200           # asked for in one request, which fits in LINE_BYTES
+KEYS_TOGETHER = 200           # keys to ask for in one request; they fit in LINE_BYTES
 TOGETHER_BYTES = 1 << 26      # largest answer to that; if it would be larger, keys are
                               # asked for one by one
 INPUT_BYTES = 1 << 16         # bytes of keys to read at a time from standard input
@@ -179,11 +179,11 @@ class Log:
             self.descriptor = self.nonblocking_descriptor()
 
     def nonblocking_descriptor(self) -> int:
-        """Return a nonblocking descriptor of standard error, or 2 if there is none.
+        """Return a nonblocking descriptor for standard error, or 2 if there is none.
 
         Descriptor 2 must stay a blocking one: other programs, such as the shell, share
-        its mode. Linux gives a descriptor with its own mode to those who open the same
-        pipe or terminal again. Elsewhere, `put` has to rely on select alone.
+        its mode. On Linux, opening the same pipe or terminal again gives a descriptor
+        with its own mode. Elsewhere, `put` has to rely on select alone.
         """
         try:
             return os.open("/dev/stderr", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -266,7 +266,7 @@ def open_data(path: str) -> BinaryIO:
 
 
 def data_name(path: str) -> str:
-    """Return the name of the data file at `path` in messages."""
+    """Return the name that messages use for the data file at `path`."""
     if path == "-":
         return "standard input"
     if not path:
@@ -408,10 +408,10 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # A mark is the number of a key in the file, and the offset at which the line of
-        # that key ends. So lines with numbers up to that begin before that offset, and
-        # all others begin there or later. The first and the last mark are the ends of
-        # the file.
+        # A mark has the number of a key, and the offset at which the line of this key
+        # ends. So the lines of this key and lower ones begin before the offset, and the
+        # lines of higher keys begin at it or later. The first and the last mark stand
+        # for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -478,10 +478,10 @@ class Sorted:
                 high = probe
                 high_number = key_number(first[1])
                 continue
-            last = LAST_KEY_RE.match(page)
+            last = LAST_KEY_RE.match(page)  # the same as the first one, perhaps
             if key < last[1]:  # the line would be in this page
                 return None
-            low = offset + last.start(1)  # past the beginning of the last line
+            low = offset + last.start(1)  # one past the newline before the last line
             low_number = key_number(last[1])
         return None
 
@@ -496,8 +496,9 @@ class Sorted:
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # Go on to the next line. It may begin in this page, so near its end that its
-            # key is cut off: in the last KEY_BYTES + 1 bytes, without the space after it.
+            # Go on to the next line. It may begin in this page, but so near its end that
+            # there is no room for its newline, key and space: in the last KEY_BYTES + 1
+            # bytes. (A page at the end of the file may be shorter than that.)
             offset += max(1, len(page) - (KEY_BYTES + 1))
             offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
@@ -692,9 +693,9 @@ class Data:
             self.log(f"{failure}\nthe data stays as it was")
 
     def description(self, start: float) -> str:
-        """Return what the log says of a load, with the warnings on lines before that.
+        """Return what the log says of a load that began at `start`, a time.monotonic().
 
-        `start` is a time.monotonic().
+        Its warnings come first, one per line.
         """
         success = f"{self.summary} of {self.name} in {time.monotonic() - start:.2f} s"
         return "\n".join(self.warnings + [success])
@@ -754,7 +755,7 @@ OTHER_METHODS = (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH")
 
 
 def refusal(status: int, text: str) -> Verdict:
-    """Return a verdict that refuses a request, after which no other one is read."""
+    """Return a verdict that refuses a request and closes the connection."""
     return status, f"{text}\n".encode(), True
 
 
@@ -768,10 +769,10 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the path in it, without its first slash, and the verdict. A verdict of 200 is
-    not about the path, which may then have any byte in it but a space, even CR or LF.
-    Nearly all paths are keys, and found as they are. `judge_path` judges those that are
-    not found.
+    Returns the path in it, without its first slash, and the verdict. A verdict of 200
+    says nothing about the path, which may then have any byte in it but a space, even CR
+    or LF. Nearly all paths are keys, and found as they are. `judge_path` judges those
+    that are not found.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -806,14 +807,14 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the part received so far, is too long; else None."""
     if len(head) <= LINE_BYTES:
         return None
-    # Faults in the part that is not too long come first. If that part had come alone,
-    # judge_beginning would have refused it.
+    # Faults in the first LINE_BYTES of a line, or the first HEAD_BYTES of a head, come
+    # before the length: had these bytes arrived alone, they would have been refused.
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     method = line.partition(b" ")[0]
     if len(line) > LINE_BYTES:
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
-        if len(method) > METHOD_BYTES:
+        if len(method) > METHOD_BYTES:  # then it is the method that is too long
             return refusal(501, "unknown method (RFC 9112 section 3)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
@@ -824,7 +825,8 @@ def judge_length(head: bytes) -> Optional[Verdict]:
 
 
 def judge_fields(method: bytes, rest: bytes) -> Verdict:
-    """Judge all of a head but its target: the method, and what follows the target."""
+    """Judge everything in a head except its target: the method, the version, the fields.
+    """
     version, *lines = rest.split(b"\r\n")
     if not TOKEN_RE.fullmatch(method) or not VERSION_RE.fullmatch(version):
         return MALFORMED_LINE
@@ -963,7 +965,7 @@ INTERNAL_ERROR = b"internal error; see the server's log\n"
 def answer_head(status: int, close: bool, date: str) -> bytes:
     """Return the head of an answer, with %d for the length of its body if it has one.
 
-    It changes only with the date, once a second, so it is remembered.
+    For the same status, it changes only once a second, so it is remembered.
     """
     lines = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
@@ -1112,7 +1114,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        if connection.waiting_since == NEVER:  # else it is when the loop sent the answer
+        if connection.waiting_since == NEVER:  # else hand_over has set it
             connection.waiting_since = now
         deadline = now + LINGER_SECONDS
         while now < deadline:
@@ -1144,8 +1146,8 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = ACCEPT_QUEUE
-    allow_reuse_address = False          # see server_bind
-    allow_reuse_port = False             # --reuse-port does this, in all Pythons
+    allow_reuse_address = False          # server_bind does this
+    allow_reuse_port = False             # __init__ does this, in all versions of Python
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
                  signals: "Signals", listener: Optional[socket.socket] = None) -> None:
@@ -1210,9 +1212,10 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
 
-        The system may still remember connections of an earlier server on this port, and
-        ignores them only with SO_REUSEADDR. But with that, it would also let another
-        server take the port during the load. So it is set only while it is needed.
+        The system may still remember connections of an earlier server on this port. It
+        ignores them only if both they and the new socket have SO_REUSEADDR. But if this
+        server had it during the load, another one could take its port. So it is set only
+        to bind, if necessary, and to listen: connections inherit it from this socket.
         """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -1227,7 +1230,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
-        if os.name == "posix":  # for the connections that this server leaves
+        if os.name == "posix":  # see server_bind
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1264,8 +1267,8 @@ class Server(http.server.ThreadingHTTPServer):
                 has_newcomer = True
                 continue
             if connection in self.handed_over:
-                # A thread has given it back after take_back was called. The event comes
-                # again in the next round.
+                # Its thread has registered it, to give it back, since take_back was
+                # called. The event comes again in the next round.
                 continue
             self.try_to_receive(connection)
         if has_newcomer:
@@ -1372,8 +1375,8 @@ class Server(http.server.ThreadingHTTPServer):
             client_socket.close()
             return True
         self.keep(connection)
-        # Often, the request is already there. If it were not taken now, the connection
-        # could be evicted by the next newcomer, at a stop for example.
+        # Often, the request is already there. It is taken now, before more newcomers are
+        # accepted, which might evict this one: begin_stop accepts very many.
         self.try_to_receive(connection)
         return True
 
@@ -1432,7 +1435,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # hand_over has unregistered it, and then raised an exception
+            pass  # hand_over did this, before it ran out of memory
 
     def close(self, connection: Connection) -> None:
         """Close a connection that the loop tracks."""
@@ -1517,6 +1520,7 @@ class Server(http.server.ThreadingHTTPServer):
                 status = 500
                 body = INTERNAL_ERROR
             is_last = number == len(heads)
+            # After a stop, all complete requests that have been sent are answered.
             if self.is_stopping and is_last and not has_sent_more(connection):
                 must_close = True
             connection.must_close = must_close
@@ -1604,7 +1608,7 @@ class Server(http.server.ThreadingHTTPServer):
 
         `head` is the head of its request, or the beginning of it.
         """
-        self.answer_count += 1  # a count is lost if two threads do this at the same time
+        self.answer_count += 1  # one may be lost if two threads do this at the same time
         if status == 200 and not connection.must_close:
             answer = self.found_head % len(body)
         else:
@@ -1689,7 +1693,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Have a connection closed because of the exception that is being handled."""
+        """Have a connection closed after the exception that is being handled, and log it
+        if it is a fault.
+        """
         request.must_close = True
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
@@ -1742,7 +1748,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.begin_stop()
 
     def begin_stop(self) -> None:
-        """Stop listening. From now on, connections are closed after their next answer."""
+        """Stop listening. From now on, a connection is closed when all is answered that
+        its client has sent.
+        """
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
         # Those that are still in the queue are answered. Linux puts one more into it.
@@ -1778,8 +1786,8 @@ class Signals:
     def look_at_terminal(self, now: float) -> None:
         """Let SIGHUP ask for a reload once the terminal has been gone for HANGUP_SECONDS.
 
-        If the server still runs then, the SIGHUP of that terminal has not come, and never
-        will: shells send none to some of the jobs in the background.
+        If the server still runs then, no SIGHUP came from that terminal, and a later one
+        has another meaning. (Shells send none to some of the jobs in the background.)
         """
         if not self.ends_with_terminal:
             return
@@ -1996,7 +2004,7 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server cannot be asked, or does not answer like kv; the text says why."""
+    """A server cannot be asked, or its answer is not one of kv's; the text says why."""
 
 
 class BadAnswer(AskError):
@@ -2022,7 +2030,8 @@ def get(key: Key, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT) -> b
     The key is anything that uuid.UUID accepts. The timeout, in seconds, limits each wait
     for the server, not the total time. Raises ValueError for a key that is not a version
     4 UUID, and for a URL or a timeout that cannot be used; KeyError if the server does
-    not have the key; and OSError if it does not answer, or not like kv.
+    not have the key; and OSError if it does not answer, or if its answer is not one of
+    kv's.
     """
     return ask(version_4_uuid(key), url, timeout, MAX_VALUE_BYTES)
 
@@ -2445,7 +2454,7 @@ def check_serve_options(options: argparse.Namespace) -> None:
         options.parser.error("--sorted needs a system with pread, which Windows lacks")
     is_special = os.path.exists(options.file) and not os.path.isfile(options.file)
     if options.sorted and (options.file == "-" or is_special):
-        options.parser.error("--sorted is for files, not for standard input or a pipe")
+        options.parser.error("--sorted is only for regular files")
 
 
 def check_get_options(options: argparse.Namespace) -> None:
