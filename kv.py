@@ -818,9 +818,8 @@ def judge_length(head: bytes) -> Optional[Verdict]:
             return refusal(501, "unknown method (RFC 9112 section 3)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
-        if BARE_LINE_END_RE.search(head[:HEAD_BYTES]):
-            return BARE_LINE_END
-        return refusal(431, f"request head longer than {HEAD_BYTES} bytes")
+        too_long = refusal(431, f"request head longer than {HEAD_BYTES} bytes")
+        return judge_beginning(head[:HEAD_BYTES]) or too_long
     return None
 
 
@@ -1573,7 +1572,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.data.pairs is not pairs_before:  # a reload, while a thread was here
             return self.lines(keys, get)
         lines = Lines(pairs)
-        if len(lines) > TURN_BYTES:
+        if len(lines) > PIECE_BYTES:  # too much memory for each client that reads nothing
             return lines
         return b"".join(lines.pieces())
 
@@ -1640,17 +1639,19 @@ class Server(http.server.ThreadingHTTPServer):
     def send(self, connection: Connection) -> bool:
         """Send what is unsent, and return whether nothing is left.
 
-        More than TURN_BYTES is left to a thread. So what is sent here is always bytes:
-        Lines are longer than that, and a StoredValue is only made by threads.
+        More than TURN_BYTES is left to a thread, as are Lines. (A StoredValue is never
+        here, as only threads make it.)
         """
         unsent = connection.unsent
         try:
             if len(unsent) == 1:
                 sent = connection.socket.send(unsent[0])
-            elif CAN_GATHER and sum(map(len, unsent)) <= TURN_BYTES:
-                sent = connection.socket.sendmsg(unsent[:JOINED_PARTS])
-            else:
+            elif not CAN_GATHER or sum(map(len, unsent)) > TURN_BYTES:
                 return False
+            elif any(isinstance(part, Lines) for part in unsent):
+                return False
+            else:
+                sent = connection.socket.sendmsg(unsent[:JOINED_PARTS])
         except BlockingIOError:
             return False
         except OSError:  # the client has gone, so nothing is left to do
@@ -1998,8 +1999,6 @@ def host_and_port(host: str, port: int) -> str:
 # ---------------------------------------------------------------------------
 # get
 
-REFUSED = "Connection refused"
-
 Key = Union[str, uuid.UUID]
 
 
@@ -2134,10 +2133,7 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
             said += f": {line}"
         raise BadAnswer(f"{place} answered {shorten(said)}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = ask_failure(error, timeout)
-        if reason == REFUSED and not proxy:
-            reason += ("; start a server with `python kv.py serve FILE`, "
-                       "or name another with --url")
+        reason = ask_failure(error, timeout, proxy)
         raise AskError(f"cannot ask {place}: {reason}") from None
 
 
@@ -2244,14 +2240,17 @@ def read_error(error: urllib.error.HTTPError) -> bytes:
         return b""
 
 
-def ask_failure(error: Exception, timeout: float) -> str:
+def ask_failure(error: Exception, timeout: float, proxy: Optional[str]) -> str:
     """Return why a server could not be asked."""
     reason = error
     if isinstance(error, urllib.error.URLError):
         reason = error.reason  # the error that it wraps
     text = shorten(getattr(reason, "strerror", None) or str(reason).strip())
     if isinstance(reason, ConnectionRefusedError):
-        return REFUSED
+        if proxy:
+            return "Connection refused"
+        return ("Connection refused; start a server with `python kv.py serve FILE`, "
+                "or name another with --url")
     if isinstance(reason, socket.timeout):
         return f"no answer within {timeout:g} s"
     if "WRONG_VERSION_NUMBER" in str(reason) or "RECORD_LAYER" in str(reason):

@@ -938,7 +938,9 @@ class Judge(WithExample):
         *rows(431, b"GET /" + KEY + b" HTTP/1.1\r\n" + b"x" * kv.HEAD_BYTES),
         # faults in what is not too long of something that is
         *rows(400, "(" * 9000, "GET /\x80" + "x" * 9000, "GET / HTTP/1.1\n" + "x" * 9000,
-              "GET / HTTP/1.1\r\nX: " + "x" * 14000 + "\nX: " + "x" * 3000))
+              "GET / HTTP/1.1\r\nX: " + "x" * 14000 + "\nX: " + "x" * 3000,
+              "GET /<> HTTP/1.1\r\n" + "x" * 17000),
+        *rows(505, "GET / HTTP/2.0\r\n" + "x" * 17000))
 
     AT_ONCE = (  # refused before the head is complete
         *rows(400, "EHLO x\r\n", "SSH-2.0-OpenSSH_9.2\r\n", "PING\r\n",
@@ -2119,6 +2121,20 @@ class SeveralKeys(WithExample):
         status, _, body = self.server.ask(b",".join(line[:36] for line in lines[:215]))
         self.assertEqual((status, body), (200, b"".join(lines[:215])))
         self.assertEqual(self.server.ask(b",".join(line[:36] for line in lines))[0], 414)
+
+    def test_answers_of_middle_size_among_others(self):
+        """A thread sends them, and answers what comes behind."""
+        content = b"".join(b"%b %b\n" % (key(n), b"x" * 9000) for n in range(5))
+        client = self.serve(content).connect()
+        path = b",".join(map(key, range(5)))
+        for _ in range(3):
+            client.send(ask_for(key(1)) + head("HEAD", b"/" + path) + ask_for(path)
+                        + ask_for(b"x"))
+            self.assertEqual(len(client.answer()[2]), 9000)
+            fields = client.answer("HEAD")[1]
+            self.assertEqual(int(fields["content-length"]), len(content))
+            self.assertEqual(client.answer()[2], content)
+            self.assertEqual(client.answer()[0], 400)
 
     @ON_LINUX
     def test_large_answers_are_not_joined(self):
