@@ -163,7 +163,7 @@ def complain(text: str) -> None:
 
 
 class Log:
-    """The log of a server, on standard error. Writing to it never blocks.
+    """The log of a server, on standard error. Writing never blocks, except on Windows.
 
     A line that cannot be written immediately is lost: neither a pipe that nobody reads
     nor a terminal stopped by Ctrl-S may hold up the server.
@@ -322,7 +322,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
     if bad_count > BAD_LINES_SHOWN:
         faults.append(f"{name}: and {bad_count - BAD_LINES_SHOWN} more bad lines")
     if file.seekable() and stamp(file.fileno()) != stamp_before:
-        raise ValueError(f"{name}: changed while it was read")
+        raise ValueError(f"{name}: changed while it was being read")
     if faults:
         raise ValueError("\n".join(faults))
     if not pairs:
@@ -466,9 +466,7 @@ class Sorted:
                 guess = low + int(share * (high - low))
             probe = max(low, guess - PAGE_BYTES // 2)
             offset, page, first = self.page_with_key(probe, high, wait)
-            # There is at most one such line, so find would do as well. rfind is faster
-            # here: it first compares the newline, which is rare.
-            line = page.rfind(b"\n" + key + b" ")
+            line = page.rfind(b"\n" + key + b" ")  # faster than find, with that newline
             if line >= 0:
                 return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
             if not first:  # no line begins between `probe` and `high`
@@ -478,10 +476,10 @@ class Sorted:
                 high = probe
                 high_number = key_number(first[1])
                 continue
-            last = LAST_KEY_RE.match(page)  # the same as the first one, perhaps
+            last = LAST_KEY_RE.match(page)  # at least the first one
             if key < last[1]:  # the line would be in this page
                 return None
-            low = offset + last.start(1)  # one past the newline before the last line
+            low = offset + last.start(1)  # past the newline before the last line
             low_number = key_number(last[1])
         return None
 
@@ -497,8 +495,8 @@ class Sorted:
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
             # Go on to the next line. It may begin in this page, but so near its end that
-            # there is no room for its newline, key and space: in the last KEY_BYTES + 1
-            # bytes. (A page at the end of the file may be shorter than that.)
+            # its newline, key and space, KEY_BYTES + 2 in all, do not fit in. (A page at
+            # the end of the file may be even shorter than that.)
             offset += max(1, len(page) - (KEY_BYTES + 1))
             offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
@@ -680,7 +678,7 @@ class Data:
             self.new_pairs = {}
         else:
             success = f"{self.description(start)}, reloaded"
-            if self.is_checked:
+            if self.is_checked:  # then the old pairs were counted, too
                 success += f" ({len(old_pairs)} before)"
             self.log(success)
             unneeded = old_pairs
@@ -714,7 +712,7 @@ class Data:
 def load_failure(error: Exception, name: str) -> str:
     """Return why the data file called `name` was not loaded, in one or more lines."""
     if isinstance(error, MemoryError):
-        return f"{name}: does not fit in memory; --sorted needs less"
+        return f"{name}: does not fit in memory; try --sorted, which needs less"
     if isinstance(error, OSError):
         return f"{name}: {error.strerror or error}"
     return str(error)
@@ -790,9 +788,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     status = verdict[0]
     if status == 200 and target[:1] == b"/":
         return target[1:], verdict
-    # A malformed target is refused first, whatever else is wrong: judge_beginning refuses
-    # it, too, before the fields have come, and the status should not depend on how a head
-    # is cut into packets.
+    # A malformed target is refused first, whatever is wrong with the fields. If the
+    # request line comes in a packet of its own, judge_beginning does the same, before
+    # there are any fields.
     if not TARGET_RE.fullmatch(target):
         return b"", MALFORMED_LINE
     if status == 505:  # another version of HTTP may have other forms of a target
@@ -807,19 +805,16 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the part received so far, is too long; else None."""
     if len(head) <= LINE_BYTES:
         return None
-    # Faults in the first LINE_BYTES of a line, or the first HEAD_BYTES of a head, come
-    # before the length: had these bytes arrived alone, they would have been refused.
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     method = line.partition(b" ")[0]
     if len(line) > LINE_BYTES:
-        if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
+        if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):  # it is not only too long
             return MALFORMED_LINE
         if len(method) > METHOD_BYTES:  # then it is the method that is too long
             return refusal(501, "unknown method (RFC 9112 section 3)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
-        too_long = refusal(431, f"request head longer than {HEAD_BYTES} bytes")
-        return judge_beginning(head[:HEAD_BYTES]) or too_long
+        return refusal(431, f"request head longer than {HEAD_BYTES} bytes")
     return None
 
 
@@ -941,11 +936,11 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
         if LINE_BEGINNING_RE.fullmatch(line):
             return None
         return MALFORMED_LINE
-    # Judge the request line together with a valid field. Only the two refusals below are
-    # final. Other verdicts depend on the fields, which have yet to come.
+    # Judge the request line together with a valid field.
     path, verdict = judge(line + b"\r\nHost: kv")
     if verdict[0] == 200:
         _, verdict = judge_path(path)
+    # These two are about the line alone. Other verdicts have to wait for the fields.
     if verdict in (MALFORMED_LINE, OTHER_VERSION):
         return verdict
     if BARE_LINE_END_RE.search(beginning):
@@ -1031,7 +1026,7 @@ class Connection:
         self.received = b""
         # What the client has not taken yet: bytes, memoryview, StoredValue, Lines.
         self.unsent: list = []
-        # Whether to close the connection when all is sent.
+        # Whether to close the connection once everything has been sent.
         self.must_close = False
         # Whether to linger before that, because the client may still be sending.
         self.must_linger = False
@@ -1113,8 +1108,8 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        if connection.waiting_since == NEVER:  # else hand_over has set it
-            connection.waiting_since = now
+        if connection.waiting_since == NEVER:
+            connection.waiting_since = now  # else it is when the loop sent the answer
         deadline = now + LINGER_SECONDS
         while now < deadline:
             connection.socket.settimeout(deadline - now)
@@ -1202,8 +1197,8 @@ class Server(http.server.ThreadingHTTPServer):
         # Without Nagle's algorithm, an answer does not wait until the client has
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # If the system queued much, a Handler would learn only late, and seldom, that a
-        # slow client has taken some of it.
+        # If the system queued more, a Handler would rarely notice that a slow client has
+        # taken some of it.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -1212,9 +1207,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
 
         The system may still remember connections of an earlier server on this port. It
-        ignores them only if both they and the new socket have SO_REUSEADDR. But if this
-        server had it during the load, another one could take its port. So it is set only
-        to bind, if necessary, and to listen: connections inherit it from this socket.
+        ignores them if both they and the new socket have SO_REUSEADDR, which connections
+        inherit from the socket that listens. But as long as neither listens, two sockets
+        that have it can be bound to the same port. So this one is without it during the
+        load, while it is bound and does not listen.
         """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -1266,8 +1262,8 @@ class Server(http.server.ThreadingHTTPServer):
                 has_newcomer = True
                 continue
             if connection in self.handed_over:
-                # Its thread has registered it, to give it back, since take_back was
-                # called. The event comes again in the next round.
+                # Its thread has just registered it, as it gives it back. The event comes
+                # again in the next round, after take_back.
                 continue
             self.try_to_receive(connection)
         if has_newcomer:
@@ -1305,10 +1301,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.next_tick = self.now + TICK_SECONDS
         self.date = email.utils.formatdate(usegmt=True)
         self.found_head = answer_head(200, False, self.date)
-        self.act_on_signals()
         if not self.is_accepting and not self.is_stopping:
             self.selector.register(self.socket, selectors.EVENT_READ)
             self.is_accepting = True
+        self.act_on_signals()
         idle_seconds = DRAIN_IDLE_SECONDS if self.is_stopping else IDLE_SECONDS
         for connection in self.overdue(self.idle, idle_seconds):
             self.close(connection)
@@ -1434,7 +1430,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # hand_over did this, before it ran out of memory
+            pass  # hand_over had unregistered it before it failed
 
     def close(self, connection: Connection) -> None:
         """Close a connection that the loop tracks."""
@@ -1506,10 +1502,10 @@ class Server(http.server.ThreadingHTTPServer):
         for number, head in enumerate(heads, 1):
             if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
                 head = head[2:]
-            must_close = True  # if there is a fault in judging
+            must_close = True  # after a fault in `judge`
             try:
                 path, verdict = judge(head)
-                _, _, must_close = verdict
+                _, _, must_close = verdict  # after a fault in `answer`
                 status, body, must_close = self.answer(path, verdict, get)
             except BlockingIOError:
                 self.put_back(connection, heads[number - 1:])  # this one, too
@@ -1528,8 +1524,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if connection.received or not is_last:  # these are never answered
                     connection.must_linger = True
                 return
-            if size > TURN_BYTES:  # so much is not sent in the loop, but in a thread,
-                self.put_back(connection, heads[number:])  # which answers the rest, too
+            if size > TURN_BYTES:  # this much is sent by a thread, not by the loop, and
+                self.put_back(connection, heads[number:])  # it answers the rest as well
                 return
 
     def put_back(self, connection: Connection, heads: List[bytes]) -> None:
@@ -1572,7 +1568,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.data.pairs is not pairs_before:  # a reload, while a thread was here
             return self.lines(keys, get)
         lines = Lines(pairs)
-        if len(lines) > PIECE_BYTES:  # too much memory for each client that reads nothing
+        if len(lines) > PIECE_BYTES:  # joined, they would take memory until they are sent
             return lines
         return b"".join(lines.pieces())
 
@@ -1639,8 +1635,9 @@ class Server(http.server.ThreadingHTTPServer):
     def send(self, connection: Connection) -> bool:
         """Send what is unsent, and return whether nothing is left.
 
-        More than TURN_BYTES is left to a thread, as are Lines. (A StoredValue is never
-        here, as only threads make it.)
+        More than TURN_BYTES is left to a thread, as are Lines. A single part is an answer
+        that is joined to its body, so it is short. A StoredValue is never here, as it is
+        made only by threads.
         """
         unsent = connection.unsent
         try:
@@ -1749,12 +1746,12 @@ class Server(http.server.ThreadingHTTPServer):
             self.begin_stop()
 
     def begin_stop(self) -> None:
-        """Stop listening. From now on, a connection is closed when all is answered that
-        its client has sent.
+        """Stop listening. From now on, a connection is closed once everything that its
+        client has asked has been answered.
         """
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
-        # Those that are still in the queue are answered. Linux puts one more into it.
+        # Those in the queue are answered, too. Linux queues one more than it is told.
         for _ in range(ACCEPT_QUEUE + 1):
             if not self.is_accepting or not self.accept():
                 break
@@ -1770,7 +1767,7 @@ class Signals:
         self.stop = False                # SIGTERM or Ctrl-C
         self.hangup = False              # SIGHUP, which asks for a reload
         self.ends_with_terminal = False
-        self.terminal_seen = 0.0         # the last time.monotonic() when it was there
+        self.terminal_seen = 0.0         # the time.monotonic() when it was last there
 
     def catch_hangups(self) -> None:
         """Catch SIGHUP from now on.
@@ -1785,10 +1782,10 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Let SIGHUP ask for a reload once the terminal has been gone for HANGUP_SECONDS.
+        """Notice when the terminal has been gone for HANGUP_SECONDS.
 
-        If the server still runs then, no SIGHUP came from that terminal, and a later one
-        has another meaning. (Shells send none to some of the jobs in the background.)
+        Its own SIGHUP would have come by then and ended the server, but shells send none
+        to some jobs in the background. From then on, SIGHUP asks for a reload.
         """
         if not self.ends_with_terminal:
             return
@@ -1816,7 +1813,7 @@ class Signals:
 
 def has_sent_more(connection: Connection) -> bool:
     """Return whether a client has sent more than what was received."""
-    connection.socket.setblocking(False)
+    connection.socket.setblocking(False)  # Handlers set timeouts
     try:
         return bool(connection.socket.recv(1, socket.MSG_PEEK))
     except OSError:
@@ -2049,8 +2046,8 @@ def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
 def find(names: List[str], url: str, timeout: float) -> Iterator[Optional[bytes]]:
     """Yield the value of each key, or None if the server does not have it.
 
-    Nothing is asked before the first value is wanted. KEYS_TOGETHER keys are asked for in
-    one request, and if the server refuses that, one by one.
+    Nothing is asked before the first value is consumed. KEYS_TOGETHER keys are asked for
+    in one request, and if the server refuses that, one by one.
     """
     for start in range(0, len(names), KEYS_TOGETHER):
         together = names[start:start + KEYS_TOGETHER]
@@ -2138,7 +2135,9 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
 
 
 def version_4_uuid(key: Key) -> str:
-    """Return a key in lower case. Raises ValueError if it is not a version 4 UUID."""
+    """Return a key in the form that data files have. Raises ValueError if it is not a
+    version 4 UUID.
+    """
     try:
         identifier = uuid.UUID(str(key))
     except ValueError:
@@ -2177,7 +2176,8 @@ def check_url(url: str) -> None:
 def check_timeout(seconds: float) -> None:
     """Raise ValueError if a timeout is not one that sockets accept."""
     if not 0 < seconds <= MAX_TIMEOUT:
-        raise ValueError(f"{seconds:g} is not above 0 and at most {MAX_TIMEOUT} seconds")
+        raise ValueError(
+            f"{seconds:g}: must be above 0 and at most {MAX_TIMEOUT} seconds")
 
 
 def proxy_for(url: str) -> Optional[str]:
@@ -2379,7 +2379,7 @@ def timeout_option(text: str) -> float:
         check_timeout(seconds)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text} is not above 0 and at most {MAX_TIMEOUT} seconds")
+            f"{text}: must be above 0 and at most {MAX_TIMEOUT} seconds")
     return seconds
 
 

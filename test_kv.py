@@ -530,7 +530,7 @@ class Lines(Test):
                     process.kill()
                 said = process.stderr.read().decode()
             self.assertEqual((process.returncode, said),
-                             (1, "kv: %s: changed while it was read\n" % path))
+                             (1, "kv: %s: changed while it was being read\n" % path))
 
         content = b"".join(key(n) + b" v\n" for n in range(200000))
         self.side_by_side(noticed, [
@@ -936,11 +936,7 @@ class Judge(WithExample):
         *rows(501, "x" * (LINE_BYTES + 1), "UPDATEREDIRECTREFS " + "x" * LINE_BYTES),
         *rows(431, "X: " + "x" * (ROOM - 4), "a:b\r\n" * 3999 + "a:b", form=FIELD),
         *rows(431, b"GET /" + KEY + b" HTTP/1.1\r\n" + b"x" * kv.HEAD_BYTES),
-        # faults in what is not too long of something that is
-        *rows(400, "(" * 9000, "GET /\x80" + "x" * 9000, "GET / HTTP/1.1\n" + "x" * 9000,
-              "GET / HTTP/1.1\r\nX: " + "x" * 14000 + "\nX: " + "x" * 3000,
-              "GET /<> HTTP/1.1\r\n" + "x" * 17000),
-        *rows(505, "GET / HTTP/2.0\r\n" + "x" * 17000))
+        *rows(400, "(" * 9000, "GET /\x80" + "x" * 9000, "GET / HTTP/1.1\n" + "x" * 9000))
 
     AT_ONCE = (  # refused before the head is complete
         *rows(400, "EHLO x\r\n", "SSH-2.0-OpenSSH_9.2\r\n", "PING\r\n",
@@ -1721,6 +1717,17 @@ class Limits(Test):
                 else:
                     self.assertEqual(first.ask(KEY)[2], VALUE)
 
+    def test_accepting_pauses_without_memory(self):
+        options = kv.make_parser().parse_args(
+            ["serve", EXAMPLE, "--port", "0", "--max-connections", "9"])
+        log = kv.Log(False)
+        server = kv.Server(options, kv.Data(options, log), log, kv.Signals())
+        with server.selector, server.socket, unittest.mock.patch.object(
+                server, "get_request", side_effect=MemoryError):
+            server.service_actions()
+            self.assertFalse(server.accept())
+            self.assertFalse(server.is_accepting)
+
     @NEEDS_STRACE
     def test_it_does_not_spin_where_nobody_can_be_accepted(self):
         prefix = ("strace", "-D", "-f", "-qq", "-o", os.devnull,
@@ -1745,21 +1752,23 @@ class Limits(Test):
         self.assertLess(sizes[199] - sizes[19], 300)  # kB: under 2 bytes a request
 
     def test_a_log_that_nobody_reads(self):
-        """A full pipe, or a stopped terminal: answers come, lines are lost."""
-        for make, *options in (
-                (os.pipe, "--verbose"), (os.openpty, "--verbose"), (os.pipe,)):
+        """A full pipe, a full or a stopped terminal: answers come, lines are lost."""
+        for make, is_full, *options in (
+                (os.pipe, True, "--verbose"), (os.pipe, True),
+                (os.openpty, True, "--verbose"), (os.openpty, False, "--verbose")):
             reading, writing = make()
             with self.subTest(make, options=options), open(reading, "wb"), \
                     open(writing, "wb"), \
                     Unread(reading, writing, KEY + b" old\n", *options) as server:
-                if make == os.openpty:
-                    os.write(reading, b"\x13")  # Ctrl-S
-                else:
+                if is_full:
                     os.set_blocking(writing, False)
                     for piece in (b"x" * 4096, b"x"):
                         with contextlib.suppress(BlockingIOError):
                             while True:
                                 os.write(writing, piece)
+                    os.read(reading, 20)  # a terminal then has room, but not for a line
+                else:
+                    os.write(reading, b"\x13")  # Ctrl-S
                 client = server.connect()
                 for _ in range(400):
                     self.assertEqual(client.ask(KEY)[2], b"old")
@@ -1899,7 +1908,7 @@ class ReloadAndStop(Test):
             server.send_signal(signal.SIGHUP)
             until(lambda: failed() and server.log.count(b"not fit") == number)
             self.assertIn(
-                f"kv: {server.path}: does not fit in memory; --sorted needs less",
+                f"kv: {server.path}: does not fit in memory; try --sorted, which needs less",
                 server.lines()[-3:])
         self.assertGreater(answered, 3)
         limit_memory(server.pid, None)
@@ -2608,10 +2617,10 @@ class CommandLine(Commands):
         ("get $KEY --url http://[::1", "--url: http://[::1: Invalid IPv6 URL"),
         ("get $KEY --url http://\x1b\n", r"--url: http://\x1b\n: spaces and control *"),
         ("get $KEY --timeout 0",
-         "--timeout: 0 is not above 0 and at most 1000000 seconds"),
-        ("get $KEY --timeout nan", "--timeout: nan is not above 0 *"),
-        ("get $KEY --timeout 1e10", "--timeout: 1e10 is not above 0 *"),
-        ("get $KEY --timeout x", "--timeout: x is not above 0 *"))
+         "--timeout: 0: must be above 0 and at most 1000000 seconds"),
+        ("get $KEY --timeout nan", "--timeout: nan: must be above 0 *"),
+        ("get $KEY --timeout 1e10", "--timeout: 1e10: must be above 0 *"),
+        ("get $KEY --timeout x", "--timeout: x: must be above 0 *"))
     CANNOT_LISTEN = (  # where, and why it is said to be impossible
         ("no.host.invalid:8000", "*"), ("a..b:8000", "not a valid host name"),
         ("203.0.113.1:8000", "Can* assign requested address"),
