@@ -1908,7 +1908,8 @@ class ReloadAndStop(Test):
             server.send_signal(signal.SIGHUP)
             until(lambda: failed() and server.log.count(b"not fit") == number)
             self.assertIn(
-                f"kv: {server.path}: does not fit in memory; try --sorted, which needs less",
+                f"kv: {server.path}: does not fit in memory; "
+                "try --sorted, which needs less",
                 server.lines()[-3:])
         self.assertGreater(answered, 3)
         limit_memory(server.pid, None)
