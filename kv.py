@@ -89,7 +89,7 @@ VERDICTS = 1024               # number of verdicts that are remembered
 VERDICT_BYTES = 2000          # longest head whose verdict is remembered
 
 # Answers
-UNSENT_BYTES = 1 << 16        # bytes of answers to one client for the system to queue
+UNSENT_BYTES = 1 << 16        # unsent bytes that the system may queue for one client
 JOINED_BYTES = 1024           # longest body that is joined to its head; a longer one is
                               # sent without being copied
 JOINED_PARTS = 1024           # parts of answers to send in one call; IOV_MAX of the
@@ -107,8 +107,8 @@ LINGER_SECONDS = 3            # time that a client has to stop sending, before a
 MAX_CONNECTIONS = 10000       # without --max-connections
 SPARE_DESCRIPTORS = 32        # descriptors that are reserved for other open files
 ACCEPT_QUEUE = 1000           # connections that the system queues until they are accepted
-IDLE_SECONDS = 650            # between two requests; longer than load balancers wait, so
-                              # that they, and not kv, close an idle connection
+IDLE_SECONDS = 650            # between two requests; longer than the idle timeouts of
+                              # load balancers, so that they, and not kv, close first
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
@@ -163,7 +163,7 @@ def complain(text: str) -> None:
 
 
 class Log:
-    """The log of a server, on standard error. Writing never blocks, except on Windows.
+    """The log of a server, on standard error. On Linux, writing to it never blocks.
 
     A line that cannot be written immediately is lost: neither a pipe that nobody reads
     nor a terminal stopped by Ctrl-S may hold up the server.
@@ -436,13 +436,15 @@ class Sorted:
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             self.mark_numbers.insert(-1, key_number(key))
-            self.mark_offsets.insert(-1, self.file.tell() - 1)  # where this line ends
+            # While the parser iterates over the file, tell() is the end of this line.
+            self.mark_offsets.insert(-1, self.file.tell() - 1)
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Body]":
         """Return the value of `key`, or None if there is no such key.
 
-        Unless `wait` is true, raises BlockingIOError when pages have to come from the
-        disk, and when a long value has to be read. Raises FileChanged and Unreadable.
+        Unless `wait` is true, raises BlockingIOError when a long value has to be read,
+        and when pages have to come from the disk, if the system can tell: else it reads
+        them. Raises FileChanged and Unreadable.
         """
         if not KEY_RE.fullmatch(key):  # callers pass paths that are not validated
             return None
@@ -455,7 +457,7 @@ class Sorted:
         # If the key has a line, it begins at `low` or later, but before `high`; and
         # low_number < number <= high_number. This is true of the marks on either side of
         # the key (no version 4 UUID is 0 or 1 << 128), and it remains true while each
-        # turn of the loop raises `low` or lowers `high`.
+        # turn of the loop raises `low` or lowers `high`. (A `probe` is below `high`.)
         probes = 0
         while low < high:
             probes += 1
@@ -466,7 +468,7 @@ class Sorted:
                 guess = low + int(share * (high - low))
             probe = max(low, guess - PAGE_BYTES // 2)
             offset, page, first = self.page_with_key(probe, high, wait)
-            line = page.rfind(b"\n" + key + b" ")  # faster than find, with that newline
+            line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
             if not first:  # no line begins between `probe` and `high`
@@ -495,9 +497,10 @@ class Sorted:
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
             # Go on to the next line. It may begin in this page, but so near its end that
-            # its newline, key and space, KEY_BYTES + 2 in all, do not fit in. (A page at
-            # the end of the file may be even shorter than that.)
-            offset += max(1, len(page) - (KEY_BYTES + 1))
+            # its newline, key and space do not fit in. (A page at the end of the file may
+            # be even shorter than that.)
+            needed = KEY_BYTES + 2
+            offset += max(1, len(page) - needed + 1)
             offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
             first = FIRST_KEY_RE.search(page)
@@ -768,9 +771,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
     Returns the path in it, without its first slash, and the verdict. A verdict of 200
-    says nothing about the path, which may then have any byte in it but a space, even CR
-    or LF. Nearly all paths are keys, and found as they are. `judge_path` judges those
-    that are not found.
+    says nothing about the path. Nearly all paths are keys, and found verbatim. Only those
+    that are not found are judged, by `judge_path`: they may have any byte in them but a
+    space, even CR or LF.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -781,7 +784,7 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     if len(words) < 3:
         return b"", MALFORMED_LINE
     method, target, rest = words
-    if is_long:  # if these were remembered, clients could fill the memory
+    if is_long:  # if these were remembered, clients could use up much memory
         verdict = judge_fields(method, rest)
     else:
         verdict = judge_and_remember(method, rest)
@@ -1009,7 +1012,7 @@ class Lines:
 # ---------------------------------------------------------------------------
 # Threads
 
-NEVER = float("inf")    # the waiting_since of a connection that does not wait
+NEVER = float("inf")    # the waiting_since of a client that the server does not wait for
 
 
 class Connection:
@@ -1068,7 +1071,7 @@ class Handler(socketserver.BaseRequestHandler):
             return pairs.get(key, wait=True)
         value = pairs.get(key)
         if value is None and pairs is not self.server.data.pairs:
-            # A reload has just replaced this dict, and empties it.
+            # A reload has just replaced this dict, and is emptying it.
             return self.get(key)
         return value
 
@@ -1109,7 +1112,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
         if connection.waiting_since == NEVER:
-            connection.waiting_since = now  # else it is when the loop sent the answer
+            connection.waiting_since = now  # else the loop has sent the answer
         deadline = now + LINGER_SECONDS
         while now < deadline:
             connection.socket.settimeout(deadline - now)
@@ -1140,8 +1143,8 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = ACCEPT_QUEUE
-    allow_reuse_address = False          # server_bind does this
-    allow_reuse_port = False             # __init__ does this, in all versions of Python
+    allow_reuse_address = False          # server_bind sets SO_REUSEADDR itself
+    allow_reuse_port = False             # __init__ sets SO_REUSEPORT, in any Python
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
                  signals: "Signals", listener: Optional[socket.socket] = None) -> None:
@@ -1167,7 +1170,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.found_head = b""                # what answer_head returns for most requests
         self.answer_count = 0
         self.was_busy = False                # whether the last round had requests
-        self.can_poll = processor_count() > 1    # without taking time from clients
+        # On a single processor, polling would take time from the clients.
+        self.can_poll = processor_count() > 1
         self.reload: Optional[Iterator[None]] = None   # one that is under way
         self.next_step = self.now            # earliest time for its next step
         self.is_stopping = False
@@ -1197,8 +1201,8 @@ class Server(http.server.ThreadingHTTPServer):
         # Without Nagle's algorithm, an answer does not wait until the client has
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # If the system queued more, a Handler would rarely notice that a slow client has
-        # taken some of it.
+        # A Handler notices that a slow client takes its answer when this queue has become
+        # shorter. If it were long, that could take more than STALL_SECONDS.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -1206,11 +1210,11 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
 
-        The system may still remember connections of an earlier server on this port. It
-        ignores them if both they and the new socket have SO_REUSEADDR, which connections
-        inherit from the socket that listens. But as long as neither listens, two sockets
-        that have it can be bound to the same port. So this one is without it during the
-        load, while it is bound and does not listen.
+        Connections of an earlier server on this port may still be in state TIME_WAIT. The
+        system ignores them if both they and the new socket have SO_REUSEADDR, which
+        connections inherit from the socket that listens. But two sockets that have it can
+        be bound to the same port as long as neither listens. So this one is without it
+        from here to server_activate, that is, during the load.
         """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -1467,9 +1471,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.hand_over(connection, NEVER)
             return
         if connection.received and not connection.must_close:
-            # A beginning is judged when it is new, when a line has ended, and whenever
-            # more comes of a long one. To judge a short one after each byte, too, would
-            # take quadratic time.
+            # A beginning is judged when it is new, when a line has ended, and when it
+            # may be too long. To judge it after each byte would take quadratic time.
             has_line_end = b"\r" in data or b"\n" in data
             is_long = len(connection.received) > LINE_BYTES
             if not earlier or has_line_end or is_long:
@@ -1502,10 +1505,10 @@ class Server(http.server.ThreadingHTTPServer):
         for number, head in enumerate(heads, 1):
             if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
                 head = head[2:]
-            must_close = True  # after a fault in `judge`
+            must_close = True  # in case `judge` fails
             try:
                 path, verdict = judge(head)
-                _, _, must_close = verdict  # after a fault in `answer`
+                _, _, must_close = verdict  # in case `answer` fails
                 status, body, must_close = self.answer(path, verdict, get)
             except BlockingIOError:
                 self.put_back(connection, heads[number - 1:])  # this one, too
@@ -1524,8 +1527,9 @@ class Server(http.server.ThreadingHTTPServer):
                 if connection.received or not is_last:  # these are never answered
                     connection.must_linger = True
                 return
-            if size > TURN_BYTES:  # this much is sent by a thread, not by the loop, and
-                self.put_back(connection, heads[number:])  # it answers the rest as well
+            if size > TURN_BYTES:
+                # `send` leaves so much to a thread, which answers the rest as well.
+                self.put_back(connection, heads[number:])
                 return
 
     def put_back(self, connection: Connection, heads: List[bytes]) -> None:
@@ -1613,8 +1617,8 @@ class Server(http.server.ThreadingHTTPServer):
         if head.startswith(b"HEAD "):
             body = b""
         if connection.must_close:
-            # The client may still be sending: a body, if the status is neither 200 nor
-            # 404, or more requests, during a long answer.
+            # The client may still be sending: a body (with which no request gets a 200 or
+            # 404, see judge_fields), or more requests, during a long answer.
             may_have_body = status not in (200, 404)
             connection.must_linger = may_have_body or len(body) > PIECE_BYTES
         if self.log.is_verbose:
@@ -1627,8 +1631,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
-        line = repr(head.partition(b"\r\n")[0])[2:-1]  # escaped, without the b''
-        line = line.replace('"', '\\"')[:LOG_LINE_BYTES // 2]  # the rest must fit, too
+        line = head.partition(b"\r\n")[0][:LOG_LINE_BYTES // 8]  # a byte may become \xff
+        line = repr(line)[2:-1].replace('"', '\\"')  # escaped, without the b''
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
 
@@ -1716,9 +1720,9 @@ class Server(http.server.ThreadingHTTPServer):
         if not request.must_close:
             try:
                 request.socket.setblocking(False)
-                # The loop may be waiting in select at this moment. If the client has sent
-                # data, epoll and kqueue notice at once (see epoll_wait(2)), and other
-                # selectors at the next tick.
+                # A thread may do this while the loop waits in select. If the client has
+                # sent data, epoll and kqueue notice at once (see epoll_wait(2)), and
+                # other selectors at the next tick.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.must_close = True
@@ -1746,8 +1750,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.begin_stop()
 
     def begin_stop(self) -> None:
-        """Stop listening. From now on, a connection is closed once everything that its
-        client has asked has been answered.
+        """Stop listening. From now on, a connection is closed once every request that its
+        client has sent has been answered.
         """
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
@@ -1761,7 +1765,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Signals:
-    """The signals that have come: their handlers only set a flag."""
+    """The signals received so far: their handlers only set a flag."""
 
     def __init__(self) -> None:
         self.stop = False                # SIGTERM or Ctrl-C
@@ -1784,8 +1788,8 @@ class Signals:
     def look_at_terminal(self, now: float) -> None:
         """Notice when the terminal has been gone for HANGUP_SECONDS.
 
-        Its own SIGHUP would have come by then and ended the server, but shells send none
-        to some jobs in the background. From then on, SIGHUP asks for a reload.
+        For example, a shell ends and sends no SIGHUP to a server in the background. If
+        somebody sends one an hour later, it asks for a reload, and should not end it.
         """
         if not self.ends_with_terminal:
             return
@@ -2309,7 +2313,7 @@ def keys_to_ask(keys: List[str]) -> Iterator[List[str]]:
 
 
 def keys_from_standard_input() -> Iterator[List[str]]:
-    """Yield lists of the keys on standard input, one per line, as soon as they come.
+    """Yield lists of the keys on standard input, one per line, as soon as they arrive.
 
     Raises ValueError if standard input cannot be read.
     """
