@@ -1270,6 +1270,17 @@ def clients_asking(address, keys=(KEY,), again=False, is_kept=True, count=8):
             client.result(PATIENCE)
 
 
+def server_here(test):
+    """Return a server in this process, which does not run, until the end of a test."""
+    options = kv.make_parser().parse_args(
+        ["serve", EXAMPLE, "--port", "0", "--max-connections", "9"])
+    log = kv.Log(False)
+    server = kv.Server(options, kv.Data(options, log), log, kv.Signals())
+    test.addCleanup(server.selector.close)
+    test.addCleanup(server.socket.close)
+    return server
+
+
 class Loop(WithExample):
     """Answers to many clients at once, and what is handed to a thread and back."""
 
@@ -1295,12 +1306,10 @@ class Loop(WithExample):
 
     def test_options_of_sockets(self):
         """No answer waits for an acknowledgement; little waits in the system."""
-        options = kv.make_parser().parse_args(["serve", EXAMPLE, "--port", "0"])
-        log = kv.Log(False)
-        server = kv.Server(options, kv.Data(options, log), log, kv.Signals())
+        server = server_here(self)
         server.server_activate()
         client = Client(server.socket.getsockname())
-        with server.selector, server.socket, contextlib.closing(client):
+        with contextlib.closing(client):
             with server.get_request()[0] as accepted:
                 for name in ("TCP_NODELAY", "TCP_NOTSENT_LOWAT"):
                     if hasattr(socket, name):
@@ -1718,15 +1727,26 @@ class Limits(Test):
                     self.assertEqual(first.ask(KEY)[2], VALUE)
 
     def test_accepting_pauses_without_memory(self):
-        options = kv.make_parser().parse_args(
-            ["serve", EXAMPLE, "--port", "0", "--max-connections", "9"])
-        log = kv.Log(False)
-        server = kv.Server(options, kv.Data(options, log), log, kv.Signals())
-        with server.selector, server.socket, unittest.mock.patch.object(
-                server, "get_request", side_effect=MemoryError):
-            server.service_actions()
+        server = server_here(self)
+        server.service_actions()
+        with unittest.mock.patch.object(server, "get_request", side_effect=MemoryError):
             self.assertFalse(server.accept())
-            self.assertFalse(server.is_accepting)
+        self.assertFalse(server.is_accepting)
+
+    def test_nobody_is_evicted_twice(self):
+        """While a thread ends whose client is evicted, the next one is another."""
+        server = server_here(self)
+        clients = []
+        for number in range(2):
+            pair = socket.socketpair()
+            clients.append([self.enter(one) for one in pair][0])
+            connection = kv.Connection(pair[1], "a client")
+            connection.waiting_since = number
+            server.handed_over.add(connection)
+        for client in clients:
+            self.assertFalse(server.evict_longest_waiting())
+            client.settimeout(PATIENCE)
+            self.assertEqual(client.recv(1), b"")
 
     @NEEDS_STRACE
     def test_it_does_not_spin_where_nobody_can_be_accepted(self):
