@@ -2000,6 +2000,8 @@ def host_and_port(host: str, port: int) -> str:
 # ---------------------------------------------------------------------------
 # get
 
+TIMEOUT_RANGE = f"must be above 0 and at most {MAX_TIMEOUT} seconds"
+
 Key = Union[str, uuid.UUID]
 
 
@@ -2180,8 +2182,7 @@ def check_url(url: str) -> None:
 def check_timeout(seconds: float) -> None:
     """Raise ValueError if a timeout is not one that sockets accept."""
     if not 0 < seconds <= MAX_TIMEOUT:
-        raise ValueError(
-            f"{seconds:g}: must be above 0 and at most {MAX_TIMEOUT} seconds")
+        raise ValueError(f"{seconds:g}: {TIMEOUT_RANGE}")
 
 
 def proxy_for(url: str) -> Optional[str]:
@@ -2382,8 +2383,7 @@ def timeout_option(text: str) -> float:
         seconds = float(text)
         check_timeout(seconds)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text}: must be above 0 and at most {MAX_TIMEOUT} seconds")
+        raise argparse.ArgumentTypeError(f"{text}: {TIMEOUT_RANGE}")
     return seconds
 
 
