@@ -202,9 +202,8 @@ class Serving:
     def stop(self, how=signal.SIGTERM):
         """End the process; return its exit code. Then `log` is complete."""
         self.send_signal(how)
-        code = self.process.wait(PATIENCE)
         self.reader.join(PATIENCE)
-        return code
+        return self.process.wait(PATIENCE)  # alone, this would poll for it
 
     def reload(self):
         """Send SIGHUP, and wait for what comes of it."""
@@ -1510,48 +1509,46 @@ class Limits(Test):
         ({"STALL_SECONDS": 1, "ANSWER_BYTES_A_SECOND": 100000}, 6000000, 15, 100000),
         ({"STALL_SECONDS": 1}, 0, 18, 9000))
 
+    def asks_too_slowly(self, limits, first, on_and_on, seconds, status):
+        server = self.serve(limits=limits)
+        start = time.monotonic()
+        client = server.connect()
+        client.send(first)
+        client.socket.settimeout(0.05)
+        more = True
+        with contextlib.suppress(ConnectionError):
+            while (more or on_and_on) and time.monotonic() < start + PATIENCE:
+                with contextlib.suppress(socket.timeout):
+                    more = client.receive()
+                client.send(on_and_on)
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", client.received)
+        self.assertEqual(statuses[-1:], [b"%d" % status] if status else [])
+        self.assertTrue(seconds <= time.monotonic() - start < seconds + 6)
+
+    def takes_too_little(self, limits, taken):
+        server = self.serve(LARGE, limits=limits)
+        client = server.connect(receive_buffer=4096)
+        start = time.monotonic()
+        client.send(GET_KEY)
+        until(lambda: server.threads() == 2)
+        until(lambda: taken and client.socket.recv(taken) and False
+              or server.threads() == 1)
+        self.assertTrue(0.7 <= time.monotonic() - start < 6)
+
+    def gets_it_whole(self, limits, at_once, tenths, size):
+        client = self.serve(LARGE, limits=limits).connect(receive_buffer=4096)
+        client.send(GET_KEY)
+        client.received = client.take(at_once)
+        for _ in range(tenths):
+            time.sleep(0.1)
+            client.received = client.take(len(client.received) + size)
+        self.assertEqual(len(client.answer()[2]), SIZE)
+
     def test_deadlines(self):
-        def is_kept(limits, first, on_and_on, seconds, status):
-            client = self.serve(limits=limits).connect()
-            start = time.monotonic()
-            client.send(first)
-            client.socket.settimeout(0.05)
-            more = True
-            with contextlib.suppress(ConnectionError):
-                while (more or on_and_on) and time.monotonic() < start + PATIENCE:
-                    with contextlib.suppress(socket.timeout):
-                        more = client.receive()
-                    client.send(on_and_on)
-            statuses = re.findall(rb"HTTP/1.1 (\d+)", client.received)
-            self.assertEqual(statuses[-1:], [b"%d" % status] if status else [])
-            self.assertTrue(seconds <= time.monotonic() - start < seconds + 3)
-
-        self.side_by_side(is_kept, self.DEADLINES)
-
-    def test_answers_that_are_not_taken(self):
-        def is_sent(limits, taken):
-            server = self.serve(LARGE, limits=limits)
-            client = server.connect(receive_buffer=4096)
-            start = time.monotonic()
-            client.send(GET_KEY)
-            until(lambda: server.threads() == 2)
-            until(lambda: taken and client.socket.recv(taken) and False
-                  or server.threads() == 1)
-            self.assertTrue(0.7 <= time.monotonic() - start < 6)
-
-        self.side_by_side(is_sent, self.NOT_TAKEN)
-
-    def test_clients_that_take_their_answers_slowly_get_them_whole(self):
-        def is_whole(limits, at_once, tenths, size):
-            client = self.serve(LARGE, limits=limits).connect(receive_buffer=4096)
-            client.send(GET_KEY)
-            client.received = client.take(at_once)
-            for _ in range(tenths):
-                time.sleep(0.1)
-                client.received = client.take(len(client.received) + size)
-            self.assertEqual(len(client.answer()[2]), SIZE)
-
-        self.side_by_side(is_whole, self.TAKEN)
+        self.side_by_side(lambda check, *row: check(*row), (
+            *((self.asks_too_slowly, *row) for row in self.DEADLINES),
+            *((self.takes_too_little, *row) for row in self.NOT_TAKEN),
+            *((self.gets_it_whole, *row) for row in self.TAKEN)))
 
     def test_newcomers_take_the_place_of_who_has_waited_longest(self):
         server = self.serve(EXAMPLE, "--max-connections", "3")
@@ -1641,28 +1638,29 @@ class Limits(Test):
     @ON_CPYTHON
     def test_clients_that_take_nothing(self):
         """They lock nobody out, and a value, or all that one asks for, is not copied."""
+        def lock_nobody_out(content, requests, most, *options):
+            server = self.serve(content, *options, "--max-connections", "30")
+            before = server.memory()
+            stuck = [server.connect(receive_buffer=4096) for _ in range(30)]
+            for client in stuck:
+                client.send(GET_KEY * requests)
+            for client in stuck:
+                client.receive()  # the answer is on its way
+            self.assertEqual(server.threads(), 31)
+            start = time.monotonic()
+            for _ in range(40):
+                self.assertEqual(server.connect().ask(OTHER_KEY)[2], OTHER_VALUE)
+            self.assertLess(time.monotonic() - start, 9)  # none waits for a stall
+            self.assertLess(server.memory() - before, most)
+            for client in stuck:
+                client.close()
+            until(lambda: server.threads() == 1)
+            self.assertEqual(len(server.lines()), 1, server.log)
+
         many = KEY + b" " + b"x" * 16000 + b"\n" + OTHER_KEY + b" " + OTHER_VALUE + b"\n"
-        for content, requests, most, *options in (
-                (LARGE, 1, 10000), (LARGE, 1, 10000, "--sorted"),
-                (many, 130, 10000), (many, 130, 30000, "--sorted")):
-            with self.subTest(most, options=options), Serving(
-                    content, *options, "--max-connections", "30") as server:
-                before = server.memory()
-                stuck = [server.connect(receive_buffer=4096) for _ in range(30)]
-                for client in stuck:
-                    client.send(GET_KEY * requests)
-                for client in stuck:
-                    client.receive()  # the answer is on its way
-                self.assertEqual(server.threads(), 31)
-                start = time.monotonic()
-                for _ in range(40):
-                    self.assertEqual(server.connect().ask(OTHER_KEY)[2], OTHER_VALUE)
-                self.assertLess(time.monotonic() - start, 9)  # none waits for a stall
-                self.assertLess(server.memory() - before, most)
-                for client in stuck:
-                    client.close()
-                until(lambda: server.threads() == 1)
-                self.assertEqual(len(server.lines()), 1, server.log)
+        self.side_by_side(lock_nobody_out, (
+            (LARGE, 1, 10000), (LARGE, 1, 10000, "--sorted"),
+            (many, 130, 10000), (many, 130, 30000, "--sorted")))
 
     CROWDED = (  # what limits the connections, and the first line of the log
         ("", ("--max-connections", "20"), ""), ("ulimit -n 50; ", (), ""),
@@ -1709,22 +1707,24 @@ class Limits(Test):
 
     @NEEDS_STRACE
     def test_what_the_system_refuses(self):
-        for fault, told, makes_room in (
-                ("accept4:error=ECONNABORTED:when=3", "", False),  # that client has gone
-                ("accept4:error=EMFILE:when=3", "", True),
-                ("prlimit64:error=EPERM:when=3+",
-                 "kv: cannot raise the limit of open files: ", False)):
+        def goes_on(fault, told, makes_room):
             prefix = ("sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh", "strace", "-D", "-f",
                       "-qq", "-o", os.devnull, "-e", "inject=" + fault)
-            with self.subTest(fault), Serving(prefix=prefix) as server:
-                self.assertTrue(server.lines()[0].startswith(told))
-                first, second = server.connect(), server.connect()
-                self.assertEqual(second.ask(KEY)[2], VALUE)
-                self.assertEqual(server.ask(KEY)[2], VALUE)
-                if makes_room:
-                    self.assertEqual(first.rest(), b"")
-                else:
-                    self.assertEqual(first.ask(KEY)[2], VALUE)
+            server = self.serve(prefix=prefix)
+            self.assertTrue(server.lines()[0].startswith(told))
+            first, second = server.connect(), server.connect()
+            self.assertEqual(second.ask(KEY)[2], VALUE)
+            self.assertEqual(server.ask(KEY)[2], VALUE)
+            if makes_room:
+                self.assertEqual(first.rest(), b"")
+            else:
+                self.assertEqual(first.ask(KEY)[2], VALUE)
+
+        self.side_by_side(goes_on, (
+            ("accept4:error=ECONNABORTED:when=3", "", False),  # that client has gone
+            ("accept4:error=EMFILE:when=3", "", True),
+            ("prlimit64:error=EPERM:when=3+",
+             "kv: cannot raise the limit of open files: ", False)))
 
     def test_accepting_pauses_without_memory(self):
         server = server_here(self)
@@ -1773,30 +1773,32 @@ class Limits(Test):
 
     def test_a_log_that_nobody_reads(self):
         """A full pipe, a full or a stopped terminal: answers come, lines are lost."""
-        for make, is_full, *options in (
-                (os.pipe, True, "--verbose"), (os.pipe, True),
-                (os.openpty, True, "--verbose"), (os.openpty, False, "--verbose")):
+        def goes_on(make, is_full, *options):
             reading, writing = make()
-            with self.subTest(make, options=options), open(reading, "wb"), \
-                    open(writing, "wb"), \
-                    Unread(reading, writing, KEY + b" old\n", *options) as server:
-                if is_full:
-                    os.set_blocking(writing, False)
-                    for piece in (b"x" * 4096, b"x"):
-                        with contextlib.suppress(BlockingIOError):
-                            while True:
-                                os.write(writing, piece)
-                    os.read(reading, 20)  # a terminal then has room, but not for a line
-                else:
-                    os.write(reading, b"\x13")  # Ctrl-S
-                client = server.connect()
-                for _ in range(400):
-                    self.assertEqual(client.ask(KEY)[2], b"old")
-                replace(server.path, KEY + b" new\n")
-                server.send_signal(signal.SIGHUP)
-                until(lambda: client.ask(KEY)[2] == b"new")
-                client.close()
-                self.assertEqual(server.stop(), 0)
+            self.enter(open(reading, "wb", 0))
+            self.enter(open(writing, "wb", 0))
+            server = self.enter(Unread(reading, writing, KEY + b" old\n", *options))
+            if is_full:
+                os.set_blocking(writing, False)
+                for piece in (b"x" * 4096, b"x"):
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            os.write(writing, piece)
+                os.read(reading, 20)  # a terminal then has room, but not for a line
+            else:
+                os.write(reading, b"\x13")  # Ctrl-S
+            client = server.connect()
+            for _ in range(400):
+                self.assertEqual(client.ask(KEY)[2], b"old")
+            replace(server.path, KEY + b" new\n")
+            server.send_signal(signal.SIGHUP)
+            until(lambda: client.ask(KEY)[2] == b"new")
+            client.close()
+            self.assertEqual(server.stop(), 0)
+
+        self.side_by_side(goes_on, (
+            (os.pipe, True, "--verbose"), (os.pipe, True),
+            (os.openpty, True, "--verbose"), (os.openpty, False, "--verbose")))
 
 
 @ON_POSIX
@@ -1991,21 +1993,22 @@ class ReloadAndStop(Test):
         return server, client
 
     def test_a_stop_waits_for_answers_but_not_for_ever(self):
-        server, client = self.stuck()
-        server.send_signal(signal.SIGTERM)
-        until(lambda: self.refuses(server))
-        server.send_signal(signal.SIGTERM)  # which changes nothing
-        self.assertEqual(len(client.answer()[2]), SIZE)
-        self.assertEqual(server.process.wait(PATIENCE), 0)
-        server, client = self.stuck()
-        start = time.monotonic()
-        self.assertEqual(server.stop(), 0)
-        self.assertLess(time.monotonic() - start, 5)
+        def stops(takes_the_answer):
+            server, client = self.stuck()
+            start = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            if takes_the_answer:
+                until(lambda: self.refuses(server))
+                server.send_signal(signal.SIGTERM)  # which changes nothing
+                self.assertEqual(len(client.answer()[2]), SIZE)
+            self.assertEqual(server.process.wait(PATIENCE), 0)
+            self.assertLess(time.monotonic() - start, 5)
+
+        self.side_by_side(stops, [(True,), (False,)])
 
     def test_a_second_interrupt_ends_it_at_once(self):
         """Whether the stop has begun or has only been noted, or SIGTERM came before."""
-        for signals, has_begun in (([signal.SIGINT], True), ([signal.SIGINT], False),
-                                   ([signal.SIGTERM, signal.SIGINT], True)):
+        def ends(has_begun, *signals):
             server, _ = self.stuck()
             other = server.connect()
             self.assertEqual(soon(other), OTHER_VALUE)
@@ -2018,6 +2021,10 @@ class ReloadAndStop(Test):
             time.sleep(0.1)
             self.assertIsNone(server.process.poll())
             self.assertEqual(server.stop(signal.SIGINT), 130)
+
+        self.side_by_side(ends, (
+            (True, signal.SIGINT), (False, signal.SIGINT),
+            (True, signal.SIGTERM, signal.SIGINT)))
 
     def test_killed_and_started_again_on_the_same_port(self):
         server = self.serve()
@@ -2115,7 +2122,7 @@ class ReloadAndStop(Test):
         self.addCleanup(lambda: b"stopped" in server.log or os.kill(job, signal.SIGKILL))
         terminal.close()
         self.assertEqual(server.process.wait(PATIENCE), -signal.SIGHUP)
-        time.sleep(0.5)  # some ticks
+        time.sleep(3 * kv.TICK_SECONDS)
         os.kill(job, signal.SIGHUP)
         until(lambda: b"reloaded" in server.log)
         os.kill(job, signal.SIGTERM)
@@ -2169,10 +2176,7 @@ class SeveralKeys(WithExample):
     @ON_LINUX
     def test_large_answers_are_not_joined(self):
         """10 clients that ask for 15 MB each, of which one takes them."""
-        content = b"".join(key(n) + b" " + b"%d" % n * size + b"\n" for n, size
-                           in enumerate((5000000, 9, 5000000, 0, 5000000)))
-        path = b",".join(map(key, range(5)))
-        for options in ((), ("--sorted",)):
+        def is_not_joined(*options):
             server = self.serve(content, *options)
             before = server.memory()
             clients = [server.connect(receive_buffer=4096) for _ in range(9)]
@@ -2185,6 +2189,11 @@ class SeveralKeys(WithExample):
             self.assertEqual(client.answer()[2], content)
             self.assertEqual(client.answer()[2], b"")
             until(lambda: server.threads() == 10)
+
+        content = b"".join(key(n) + b" " + b"%d" % n * size + b"\n" for n, size
+                           in enumerate((5000000, 9, 5000000, 0, 5000000)))
+        path = b",".join(map(key, range(5)))
+        self.side_by_side(is_not_joined, [(), ("--sorted",)])
 
     def test_a_reload_in_the_middle_of_a_list(self):
         """All lines are of the same data."""
@@ -2291,13 +2300,7 @@ class Sockets(Test):
 
     def test_restarts(self):
         """With a port shared, or a socket handed down, none is refused or lost."""
-        listener, address = self.listening()
-        shared = self.serve(EXAMPLE, "--reuse-port")
-        down = self.serve(**self.handed_down(listener))
-        for server, where, is_kept, start in (
-                (shared, ("127.0.0.1", shared.port), True,
-                 lambda: self.on_port(EXAMPLE, shared.port)),
-                (down, address, False, lambda: self.serve(**self.handed_down(listener)))):
+        def lose_nothing(server, where, is_kept, start):
             with clients_asking(where, again=True, is_kept=is_kept) as answers:
                 for _ in range(2):
                     old = server
@@ -2310,10 +2313,17 @@ class Sockets(Test):
                     until(lambda: len(answers) > answered + 100)
             self.assertEqual(set(answers), {(KEY, 200, VALUE)})
 
+        listener, address = self.listening()
+        shared = self.serve(EXAMPLE, "--reuse-port")
+        down = self.serve(**self.handed_down(listener))
+        self.side_by_side(lose_nothing, (
+            (shared, ("127.0.0.1", shared.port), True,
+             lambda: self.on_port(EXAMPLE, shared.port)),
+            (down, address, False, lambda: self.serve(**self.handed_down(listener)))))
+
     def test_who_waits_to_be_accepted_is_answered(self):
         """Even many requests, and those of more clients than may be connected."""
-        for options, count, requests in (((), 20, 300),
-                                         (("--max-connections", "10"), 200, 1)):
+        def is_answered(count, requests, *options):
             server = self.serve(EXAMPLE, *options)
             server.send_signal(signal.SIGSTOP)
             clients = [server.connect() for _ in range(count)]
@@ -2327,14 +2337,10 @@ class Sockets(Test):
                 self.assertEqual(statuses, [b"200"] * requests)
             self.assertEqual(server.process.wait(PATIENCE), 0)
 
+        self.side_by_side(is_answered, [(20, 300), (200, 1, "--max-connections", "10")])
+
     def test_a_socket_that_is_handed_down(self):
-        path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "kv.sock")
-        abstract = "\0kv-%d" % os.getpid()
-        for address, place, host in ((("127.0.0.1", 0), "http://127.0.0.1:", "127.0.0.1"),
-                                     (path, "unix:" + path, "unix:"),
-                                     (abstract, r"unix:\x00kv", "unix:")):
-            if address == abstract and not sys.platform.startswith("linux"):
-                continue
+        def is_used(address, place, host):
             listener, address = self.listening(address)
             server = self.serve(
                 **self.handed_down(listener, EXAMPLE, "--verbose", "--port", "1"))
@@ -2345,17 +2351,26 @@ class Sockets(Test):
             self.assertTrue(server.lines()[1].startswith(host + " - - ["))
             self.assertEqual(server.stop(), 0)
 
+        path = os.path.join(self.enter(tempfile.TemporaryDirectory()), "kv.sock")
+        rows = [(("127.0.0.1", 0), "http://127.0.0.1:", "127.0.0.1"),
+                (path, "unix:" + path, "unix:")]
+        if sys.platform.startswith("linux"):  # an abstract one
+            rows.append(("\0kv-%d" % os.getpid(), r"unix:\x00kv", "unix:"))
+        self.side_by_side(is_used, rows)
+
     def test_what_cannot_be_handed_down(self):
-        file, idle = self.enter(open(EXAMPLE, "rb")), self.enter(socket.socket())
-        datagrams = self.enter(socket.socket(type=socket.SOCK_DGRAM))
-        for handed, count, said in (
-                (idle, "2", "LISTEN_FDS is '2', but must be 1: one socket"),
-                (idle, "x", "LISTEN_FDS is 'x', but must be 1: one socket"),
-                (file, "1", "descriptor 3 from systemd: Socket operation on non-socket"),
-                (idle, "1", self.NO_STREAM), (datagrams, "1", self.NO_STREAM)):
+        def is_refused(handed, count, said):
             how = self.handed_down(handed, count=count)
             got = finished(how["words"], pass_fds=how["pass_fds"])
             self.assertEqual(got, (1, b"", b"kv: %b\n" % said.encode()))
+
+        file, idle = self.enter(open(EXAMPLE, "rb")), self.enter(socket.socket())
+        datagrams = self.enter(socket.socket(type=socket.SOCK_DGRAM))
+        self.side_by_side(is_refused, (
+            (idle, "2", "LISTEN_FDS is '2', but must be 1: one socket"),
+            (idle, "x", "LISTEN_FDS is 'x', but must be 1: one socket"),
+            (file, "1", "descriptor 3 from systemd: Socket operation on non-socket"),
+            (idle, "1", self.NO_STREAM), (datagrams, "1", self.NO_STREAM)))
         server = self.serve(env=environment(LISTEN_PID="1", LISTEN_FDS="1"))
         self.assertEqual(server.ask(KEY)[2], VALUE)  # the socket is for another process
 
@@ -2709,13 +2724,13 @@ class CommandLine(Commands):
 
     @ON_POSIX
     def test_progress_on_a_terminal(self):
-        def shows(text):
-            nonlocal shown
-            if select.select([terminal], [], [], 0)[0]:
-                shown += os.read(terminal, 1 << 16)
-            return text in shown
+        def is_shown(term, seconds, path, name, progress):
+            def shows(text):
+                nonlocal shown
+                if select.select([terminal], [], [], 0)[0]:
+                    shown += os.read(terminal, 1 << 16)
+                return text in shown
 
-        for term, seconds, path, name, progress in self.PROGRESS:
             shown, (terminal, stderr) = b"", os.openpty()
             self.addCleanup(os.close, terminal)
             self.addCleanup(os.close, stderr)
@@ -2732,6 +2747,8 @@ class CommandLine(Commands):
             self.assertRegex(shown, rb"\A%b\Z" % (
                 progress + rb"kv: \d+ pairs of %b in \d+\.\d\d s, on http://\S+\r\n"
                 rb"kv: stopped\r\n" % re.escape(name).encode()))
+
+        self.side_by_side(is_shown, self.PROGRESS)
 
     def test_hosts(self):
         def serves(host, shown, *names):
@@ -2947,7 +2964,7 @@ class PastOneMachine(Test):
         replace(os.path.join(self.folder, name), content)
 
     def test_replicas(self):
-        """Restart one after the other, then reload both, while clients ask on."""
+        """Restart one, stop the other, reload the first, while clients ask on."""
         def wait(*words):  # until answers with all of these have come from now on
             begin = len(answers)
             until(lambda: words == tuple(
@@ -2962,17 +2979,16 @@ class PastOneMachine(Test):
         self.expect_answers_as_of(servers[0], address)
         with clients_asking(address, self.KEYS, again=True, count=4) as answers:
             wait(b"first 0.data", b"first 1.data")
-            others = (b"first 1.data", b"again 0.data")
-            for name, server, other in zip(names, servers, others):
-                self.write(name, b"again " + name.encode())
-                self.assertEqual(server.stop(), 0)
-                wait(other)
-                servers[names.index(name)] = self.start(name, server.port)
-                wait(b"again " + name.encode())
-            for name, server in zip(names, servers):
-                self.write(name, b"reloaded " + name.encode())
-                server.reload()
-            wait(b"reloaded 0.data", b"reloaded 1.data")
+            self.write("0.data", b"again 0.data")
+            self.assertEqual(servers[0].stop(), 0)
+            wait(b"first 1.data")
+            again = self.start("0.data", servers[0].port)
+            wait(b"again 0.data")
+            self.assertEqual(servers[1].stop(), 0)
+            wait(b"again 0.data")
+            self.write("0.data", b"reloaded 0.data")
+            again.reload()
+            wait(b"reloaded 0.data")
         for k, status, body in answers:
             self.assertEqual((status, body[-37:]), (200, b" " + k))
 
