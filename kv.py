@@ -85,23 +85,23 @@ RECEIVE_BYTES = 8192          # bytes to take from a connection at a time
 LINE_BYTES = 8000             # longest request line, without its CRLF
 HEAD_BYTES = 16000            # longest head, with the empty line at its end
 METHOD_BYTES = 17             # longest registered method, UPDATEREDIRECTREF
-VERDICTS = 1024               # number of verdicts that are remembered
-VERDICT_BYTES = 2000          # longest head whose verdict is remembered
+VERDICTS = 1024               # number of verdicts that are cached
+VERDICT_BYTES = 2000          # longest head whose verdict is cached
 
 # Answers
 UNSENT_BYTES = 1 << 16        # unsent bytes that the system may queue for one client
 JOINED_BYTES = 1024           # longest body that is joined to its head; a longer one is
                               # sent without being copied
-JOINED_PARTS = 1024           # parts of answers to send in one call; IOV_MAX of the
-                              # system does not allow more
+JOINED_PARTS = 1024           # parts of answers to send in one call; the IOV_MAX of
+                              # systems is not lower
 PIECE_BYTES = 1 << 15         # bytes of a long value to read at a time
-TURN_BYTES = 1 << 18          # bytes to send to one client before others have a turn;
+TURN_BYTES = 1 << 18          # bytes to send to one client before others get a turn;
                               # longer answers get a thread
-# An answer must be taken within ANSWER_SECONDS + its size / ANSWER_BYTES_A_SECOND.
+# A client must take an answer within ANSWER_SECONDS + its size / ANSWER_BYTES_A_SECOND.
 ANSWER_SECONDS = 10
 ANSWER_BYTES_A_SECOND = 10000
-STALL_SECONDS = 10            # longest time that a client may go without taking anything
-LINGER_SECONDS = 3            # time that a client has to stop sending, before a close
+STALL_SECONDS = 10            # longest time in which a client may take no byte of it
+LINGER_SECONDS = 3            # time for a client to stop sending before it is closed
 
 # Connections
 MAX_CONNECTIONS = 10000       # without --max-connections
@@ -112,12 +112,12 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # when a terminal closes, its SIGHUP comes within this time
+HANGUP_SECONDS = 1.0          # when a terminal closes, SIGHUP arrives within this time
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
 PATIENCE_SECONDS = 0.0001     # time to poll for more requests before going to sleep
-EVENTS_A_NEWCOMER = 16        # when busy, one connection is accepted per this many events
+EVENTS_A_NEWCOMER = 16        # when busy, accept one connection per this many events
 
 # get
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
@@ -125,8 +125,8 @@ DEFAULT_TIMEOUT = 10.0        # seconds
 MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
 MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
 KEYS_TOGETHER = 200           # keys to ask for in one request; they fit in LINE_BYTES
-TOGETHER_BYTES = 1 << 26      # largest answer to that; if it would be larger, keys are
-                              # asked for one by one
+TOGETHER_BYTES = 1 << 26      # largest answer to such a request; if it is larger, the
+                              # keys are asked for one by one
 INPUT_BYTES = 1 << 16         # bytes of keys to read at a time from standard input
 QUOTED_CHARACTERS = 200       # of a server's answer, in messages
 
@@ -191,7 +191,7 @@ class Log:
             return 2
 
     def write(self, line: str) -> None:
-        """Write a line, given without its newline. A very long one is cut."""
+        """Write a line, given without its newline. A very long line is truncated."""
         data = line.encode("utf-8", "backslashreplace")
         self.put(data[:LOG_LINE_BYTES - 1] + b"\n")
 
@@ -209,7 +209,7 @@ class Log:
             pass  # the pipe is full, or its reader is gone
 
     def __call__(self, text: str) -> None:
-        """Write each line of `text`, with the time before it unless on a terminal."""
+        """Write each line of `text`, after the time unless this is a terminal."""
         prefix = "kv: "
         if not self.is_terminal:
             now = datetime.datetime.now().astimezone()
@@ -275,7 +275,7 @@ def data_name(path: str) -> str:
 
 
 def stamp(descriptor: int) -> Tuple[int, int]:
-    """Return size and modification time of an open file, to detect changes."""
+    """Return the size and modification time of an open file, to detect changes."""
     status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns
 
@@ -393,9 +393,9 @@ class Sorted:
     assignment, `len`). It keeps none of the pairs, and only records, now and then, how
     far the parser has come: a mark. To the server it has a `get` like that of a dict.
 
-    Lines are found by the newline before them. So in this class, the offset of a line is
-    that of the newline before it: where one line ends, the next one begins; and the first
-    line begins at -1, as if a newline stood there.
+    Lines are found by the newline before them. So in this class, a line begins at the
+    offset of the newline before it, which is where the line before ends. The first line
+    begins at -1, as if a newline stood there.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -409,9 +409,9 @@ class Sorted:
         self.count = 0
         self.last_key = b""
         # A mark has the number of a key, and the offset at which the line of this key
-        # ends. So the lines of this key and lower ones begin before the offset, and the
-        # lines of higher keys begin at it or later. The first and the last mark stand
-        # for the ends of the file.
+        # ends. That is where the next line begins: the lines of higher keys begin there
+        # or later, all others before it. The first and the last mark stand for the ends
+        # of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -436,15 +436,15 @@ class Sorted:
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             self.mark_numbers.insert(-1, key_number(key))
-            # While the parser iterates over the file, tell() is the end of this line.
+            # The parser has just read this line, up to and with the newline at its end.
             self.mark_offsets.insert(-1, self.file.tell() - 1)
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Body]":
         """Return the value of `key`, or None if there is no such key.
 
-        Unless `wait` is true, raises BlockingIOError when a long value has to be read,
-        and when pages have to come from the disk, if the system can tell: else it reads
-        them. Raises FileChanged and Unreadable.
+        Unless `wait` is true, raises BlockingIOError instead of reading a long value, or
+        pages that are not in memory. (If the system cannot tell, it reads them.) Raises
+        FileChanged and Unreadable.
         """
         if not KEY_RE.fullmatch(key):  # callers pass paths that are not validated
             return None
@@ -454,10 +454,11 @@ class Sorted:
         high_number = self.mark_numbers[mark]
         low = self.mark_offsets[mark - 1]
         high = self.mark_offsets[mark]
-        # If the key has a line, it begins at `low` or later, but before `high`; and
-        # low_number < number <= high_number. This is true of the marks on either side of
-        # the key (no version 4 UUID is 0 or 1 << 128), and it remains true while each
-        # turn of the loop raises `low` or lowers `high`. (A `probe` is below `high`.)
+        # Each turn of this loop raises `low` or lowers `high`, and keeps true that
+        #  - if the key has a line, it begins at `low` or later, but before `high`;
+        #  - low_number < number <= high_number.
+        # That is true of the marks on either side of the key, as no version 4 UUID has
+        # the number 0 or 1 << 128.
         probes = 0
         while low < high:
             probes += 1
@@ -466,7 +467,7 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            probe = max(low, guess - PAGE_BYTES // 2)
+            probe = max(low, guess - PAGE_BYTES // 2)  # it is below `high`
             offset, page, first = self.page_with_key(probe, high, wait)
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
@@ -481,7 +482,8 @@ class Sorted:
             last = LAST_KEY_RE.match(page)  # at least the first one
             if key < last[1]:  # the line would be in this page
                 return None
-            low = offset + last.start(1)  # past the newline before the last line
+            # The line begins after the last one in this page.
+            low = offset + last.start(1)
             low_number = key_number(last[1])
         return None
 
@@ -496,11 +498,9 @@ class Sorted:
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # Go on to the next line. It may begin in this page, but so near its end that
-            # its newline, key and space do not fit in. (A page at the end of the file may
-            # be even shorter than that.)
-            needed = KEY_BYTES + 2
-            offset += max(1, len(page) - needed + 1)
+            # Continue at the next line. It may even begin in this page, but then so near
+            # the end that its newline, key and space do not fit: in the last 37 bytes.
+            offset += max(1, len(page) - KEY_BYTES - 1)
             offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
             first = FIRST_KEY_RE.search(page)
@@ -568,7 +568,7 @@ class Sorted:
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise  # BlockingIOError, most likely
-            self.nowait_flag = 0  # some file systems, such as tmpfs, cannot tell
+            self.nowait_flag = 0  # some file systems, such as tmpfs, lack it
             return os.pread(self.descriptor, size, offset)
         del content[count:]
         return bytes(content)
@@ -610,7 +610,7 @@ Body = Union[bytes, StoredValue, "Lines"]  # of an answer
 # Loading
 
 def load(path: str) -> Dict[bytes, bytes]:
-    """Return the pairs in the data file at `path`, for programs that import this one.
+    """Return the pairs in the data file at `path`, for programs that import this module.
 
     Raises OSError if the file cannot be read, MemoryError if it is too large, and
     ValueError if it is malformed; its text has one line for each bad line.
@@ -726,7 +726,7 @@ def load_failure(error: Exception, name: str) -> str:
 #
 # The head of a request is judged strictly, by the grammar of RFC 9112, and in one place.
 # As a client sends the same fields with each of its requests, the verdict on them is
-# remembered.
+# cached.
 #
 # A verdict is a tuple (status, text, must_close): the status of the answer; a line that
 # says what is wrong, or b"" if nothing is; and whether to close the connection after the
@@ -770,10 +770,9 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the path in it, without its first slash, and the verdict. A verdict of 200
-    says nothing about the path. Nearly all paths are keys, and found verbatim. Only those
-    that are not found are judged, by `judge_path`: they may have any byte in them but a
-    space, even CR or LF.
+    Returns the path in it, without its first slash, and the verdict. A verdict of 200 is
+    not about the path, which may have any byte in it but a space, even CR or LF. Nearly
+    all paths are keys, and are found. `judge_path` judges those that are not.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -784,16 +783,15 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     if len(words) < 3:
         return b"", MALFORMED_LINE
     method, target, rest = words
-    if is_long:  # if these were remembered, clients could use up much memory
+    if is_long:  # if these were cached, clients could make the server use much memory
         verdict = judge_fields(method, rest)
     else:
-        verdict = judge_and_remember(method, rest)
+        verdict = judge_fields_cached(method, rest)
     status = verdict[0]
-    if status == 200 and target[:1] == b"/":
+    if status == 200 and target[:1] == b"/":  # nearly always
         return target[1:], verdict
-    # A malformed target is refused first, whatever is wrong with the fields. If the
-    # request line comes in a packet of its own, judge_beginning does the same, before
-    # there are any fields.
+    # In all other cases, the target is judged here. If it is malformed, that is what the
+    # client is told, whatever else is wrong.
     if not TARGET_RE.fullmatch(target):
         return b"", MALFORMED_LINE
     if status == 505:  # another version of HTTP may have other forms of a target
@@ -809,10 +807,10 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     if len(head) <= LINE_BYTES:
         return None
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
-    method = line.partition(b" ")[0]
     if len(line) > LINE_BYTES:
-        if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):  # it is not only too long
+        if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
+        method = line.partition(b" ")[0]
         if len(method) > METHOD_BYTES:  # then it is the method that is too long
             return refusal(501, "unknown method (RFC 9112 section 3)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
@@ -865,8 +863,8 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     if fields[b"expect"] and set(expectations) != {b"100-continue"}:
         return refusal(417, "unsupported Expect header (RFC 9110 section 10.1.1)")
 
-    wishes = list_elements(fields[b"connection"])  # RFC 9112 section 9.3
-    must_close = has_body or version == b"HTTP/1.0" or b"close" in wishes
+    options = list_elements(fields[b"connection"])  # RFC 9112 section 9.3
+    must_close = has_body or version == b"HTTP/1.0" or b"close" in options
     if method == b"OPTIONS":
         return 204, b"", must_close
     if method in OTHER_METHODS:
@@ -876,7 +874,7 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     return 200, b"", must_close
 
 
-judge_and_remember = functools.lru_cache(maxsize=VERDICTS)(judge_fields)
+judge_fields_cached = functools.lru_cache(maxsize=VERDICTS)(judge_fields)
 
 
 def list_elements(values: List[bytes]) -> List[bytes]:
@@ -927,7 +925,7 @@ def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
 def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     """Return a refusal if a head that begins like this cannot become valid, else None.
 
-    This way, bad requests are refused before they are complete.
+    This lets bad requests be refused before they are complete.
     """
     if beginning.startswith(b"\r\n"):  # one empty line may precede (RFC 9112 section 2.2)
         beginning = beginning[2:]
@@ -939,11 +937,11 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
         if LINE_BEGINNING_RE.fullmatch(line):
             return None
         return MALFORMED_LINE
-    # Judge the request line together with a valid field.
+    # The line is judged with a field that is made up. The two refusals that are about the
+    # line alone are given now; any other verdict has to wait for the real fields.
     path, verdict = judge(line + b"\r\nHost: kv")
     if verdict[0] == 200:
         _, verdict = judge_path(path)
-    # These two are about the line alone. Other verdicts have to wait for the fields.
     if verdict in (MALFORMED_LINE, OTHER_VERSION):
         return verdict
     if BARE_LINE_END_RE.search(beginning):
@@ -962,7 +960,7 @@ INTERNAL_ERROR = b"internal error; see the server's log\n"
 def answer_head(status: int, close: bool, date: str) -> bytes:
     """Return the head of an answer, with %d for the length of its body if it has one.
 
-    For the same status, it changes only once a second, so it is remembered.
+    For a given status, it changes only once a second, so it is cached.
     """
     lines = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
@@ -982,9 +980,9 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
 
 
 class Lines:
-    """The answer to a request for several keys: the lines of a data file.
+    """The answer to a request for several keys: lines, as in a data file.
 
-    Like a StoredValue, a long one is put together only while it is sent.
+    Like a StoredValue, a long one is put together only as it is sent.
     """
 
     def __init__(self, pairs: "Dict[bytes, Body]") -> None:
@@ -1061,7 +1059,7 @@ class Handler(socketserver.BaseRequestHandler):
         if not connection.must_close:
             self.server.refuse_beginning(connection)
             self.send_unsent()
-        if connection.must_close:  # a client has had time to send more, so always linger
+        if connection.must_close:  # the client may have sent more, so always linger
             self.linger()
 
     def get(self, key: bytes) -> Optional[Body]:
@@ -1071,7 +1069,7 @@ class Handler(socketserver.BaseRequestHandler):
             return pairs.get(key, wait=True)
         value = pairs.get(key)
         if value is None and pairs is not self.server.data.pairs:
-            # A reload has just replaced this dict, and is emptying it.
+            # Meanwhile, a reload has replaced this dict and begun to empty it.
             return self.get(key)
         return value
 
@@ -1111,8 +1109,9 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
+        # If the loop has sent the answer, `hand_over` has already set this.
         if connection.waiting_since == NEVER:
-            connection.waiting_since = now  # else the loop has sent the answer
+            connection.waiting_since = now
         deadline = now + LINGER_SECONDS
         while now < deadline:
             connection.socket.settimeout(deadline - now)
@@ -1144,11 +1143,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     request_queue_size = ACCEPT_QUEUE
     allow_reuse_address = False          # server_bind sets SO_REUSEADDR itself
-    allow_reuse_port = False             # __init__ sets SO_REUSEPORT, in any Python
+    allow_reuse_port = False             # __init__ sets SO_REUSEPORT, in every Python
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
                  signals: "Signals", listener: Optional[socket.socket] = None) -> None:
-        """Take the port, but do not listen yet. Raises OSError and UnicodeError.
+        """Bind to the port, but do not listen yet. Raises OSError and UnicodeError.
 
         `listener` is a listening socket to use instead of a new one.
         """
@@ -1208,28 +1207,26 @@ class Server(http.server.ThreadingHTTPServer):
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def server_bind(self) -> None:
-        """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
-
-        Connections of an earlier server on this port may still be in state TIME_WAIT. The
-        system ignores them if both they and the new socket have SO_REUSEADDR, which
-        connections inherit from the socket that listens. But two sockets that have it can
-        be bound to the same port as long as neither listens. So this one is without it
-        from here to server_activate, that is, during the load.
-        """
+        """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Until this server listens, SO_REUSEADDR would let another one bind to its port.
+        # So this socket is without it during the load.
         try:
             socketserver.TCPServer.server_bind(self)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
+            # If only closed connections of an earlier server are left on the port, in
+            # state TIME_WAIT, this succeeds.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             socketserver.TCPServer.server_bind(self)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
-        if os.name == "posix":  # see server_bind
+        # Connections inherit this. They need it to be ignored by the next server's bind.
+        if os.name == "posix":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1266,7 +1263,7 @@ class Server(http.server.ThreadingHTTPServer):
                 has_newcomer = True
                 continue
             if connection in self.handed_over:
-                # Its thread has just registered it, as it gives it back. The event comes
+                # Its thread is giving it back: see shutdown_request. The event comes
                 # again in the next round, after take_back.
                 continue
             self.try_to_receive(connection)
@@ -1488,8 +1485,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
         elif earlier or connection.received:
             self.keep(connection)
-        else:  # it was in `idle` and stays there: this is `keep`, but faster
-            connection.waiting_since = self.now
+        else:  # nothing was left over before or is now, so it is in `idle`, and stays
+            connection.waiting_since = self.now  # like `keep`, but faster
             self.idle.move_to_end(connection)
 
     def answer_requests(self, connection: Connection, get: Callable) -> None:
@@ -1502,22 +1499,23 @@ class Server(http.server.ThreadingHTTPServer):
         heads = connection.received.split(b"\r\n\r\n")
         connection.received = heads.pop()
         size = 0
-        for number, head in enumerate(heads, 1):
+        for index, head in enumerate(heads):
             if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
                 head = head[2:]
-            must_close = True  # in case `judge` fails
+            must_close = True
             try:
                 path, verdict = judge(head)
-                _, _, must_close = verdict  # in case `answer` fails
+                _, _, must_close = verdict
                 status, body, must_close = self.answer(path, verdict, get)
             except BlockingIOError:
-                self.put_back(connection, heads[number - 1:])  # this one, too
+                self.put_back(connection, heads[index:])
                 raise
             except Exception as error:
+                # Now must_close is that of the verdict, or True if `judge` failed.
                 self.report_fault(error, connection.address)
                 status = 500
                 body = INTERNAL_ERROR
-            is_last = number == len(heads)
+            is_last = index + 1 == len(heads)
             # After a stop, all complete requests that have been sent are answered.
             if self.is_stopping and is_last and not has_sent_more(connection):
                 must_close = True
@@ -1529,7 +1527,7 @@ class Server(http.server.ThreadingHTTPServer):
                 return
             if size > TURN_BYTES:
                 # `send` leaves so much to a thread, which answers the rest as well.
-                self.put_back(connection, heads[number:])
+                self.put_back(connection, heads[index + 1:])
                 return
 
     def put_back(self, connection: Connection, heads: List[bytes]) -> None:
@@ -1617,8 +1615,8 @@ class Server(http.server.ThreadingHTTPServer):
         if head.startswith(b"HEAD "):
             body = b""
         if connection.must_close:
-            # The client may still be sending: a body (with which no request gets a 200 or
-            # 404, see judge_fields), or more requests, during a long answer.
+            # The client may still be sending: more requests during a long answer, or a
+            # body. (The statuses 200 and 404 are only for requests without one.)
             may_have_body = status not in (200, 404)
             connection.must_linger = may_have_body or len(body) > PIECE_BYTES
         if self.log.is_verbose:
@@ -1639,13 +1637,13 @@ class Server(http.server.ThreadingHTTPServer):
     def send(self, connection: Connection) -> bool:
         """Send what is unsent, and return whether nothing is left.
 
-        More than TURN_BYTES is left to a thread, as are Lines. A single part is an answer
-        that is joined to its body, so it is short. A StoredValue is never here, as it is
-        made only by threads.
+        These are new answers: what is left of one is sent by a thread. More than
+        TURN_BYTES is left to a thread, as are Lines. (Only threads make a StoredValue, so
+        there is none here.)
         """
         unsent = connection.unsent
         try:
-            if len(unsent) == 1:
+            if len(unsent) == 1:  # an answer that is joined to its body, so it is short
                 sent = connection.socket.send(unsent[0])
             elif not CAN_GATHER or sum(map(len, unsent)) > TURN_BYTES:
                 return False
@@ -1684,7 +1682,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Start a thread, or close the connection if the system cannot start one.
 
         This avoids threading.Thread.start, which ThreadingMixIn uses: it waits until the
-        new thread runs, which is forever if that thread first runs out of memory.
+        new thread runs, and waits forever if memory runs out before that.
         """
         try:
             _thread.start_new_thread(
@@ -1695,8 +1693,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Have a connection closed after the exception that is being handled, and log it
-        if it is a fault.
+        """Mark a connection to be closed because of the exception that is being handled,
+        and log that if it is a fault.
         """
         request.must_close = True
         error = sys.exc_info()[1]
@@ -1715,14 +1713,17 @@ class Server(http.server.ThreadingHTTPServer):
             self.log(f"{self.data.name}: changed in place; send SIGHUP to reload it")
 
     def shutdown_request(self, request: Connection) -> None:
-        """Close a connection or give it back to the loop: a thread's last step."""
+        """Close a connection or give it back to the loop: a thread's last step.
+
+        The loop ignores its events until `take_back` finds it in `returned`.
+        """
         request.waiting_since = NEVER
         if not request.must_close:
             try:
                 request.socket.setblocking(False)
-                # A thread may do this while the loop waits in select. If the client has
-                # sent data, epoll and kqueue notice at once (see epoll_wait(2)), and
-                # other selectors at the next tick.
+                # Meanwhile, the loop may be waiting in select. If the client has sent
+                # data, epoll and kqueue notice at once (see epoll_wait(2)), and other
+                # selectors at the next tick.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.must_close = True
@@ -1765,7 +1766,11 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Signals:
-    """The signals received so far: their handlers only set a flag."""
+    """The signals received so far: their handlers only set a flag.
+
+    SIGHUP asks for a reload, unless it comes because the terminal was closed. In that
+    case the server stops, like any program that was started without nohup.
+    """
 
     def __init__(self) -> None:
         self.stop = False                # SIGTERM or Ctrl-C
@@ -1774,11 +1779,7 @@ class Signals:
         self.terminal_seen = 0.0         # the time.monotonic() when it was last there
 
     def catch_hangups(self) -> None:
-        """Catch SIGHUP from now on.
-
-        It asks for a reload, unless it comes because the terminal was closed. In that
-        case the server stops, like any program that was started without nohup.
-        """
+        """Catch SIGHUP from now on."""
         if hasattr(signal, "SIGHUP"):  # Windows lacks it
             is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             self.ends_with_terminal = has_terminal() and not is_nohup
@@ -1786,10 +1787,10 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal has been gone for HANGUP_SECONDS.
+        """Notice when the terminal has been gone for HANGUP_SECONDS without a SIGHUP.
 
-        For example, a shell ends and sends no SIGHUP to a server in the background. If
-        somebody sends one an hour later, it asks for a reload, and should not end it.
+        For example, a shell ends and sends none to a server in the background. A SIGHUP
+        that somebody sends an hour later asks for a reload.
         """
         if not self.ends_with_terminal:
             return
@@ -2006,15 +2007,15 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server cannot be asked, or its answer is not one of kv's; the text says why."""
+    """A server does not answer, or not as kv would; the text says why."""
 
 
 class BadAnswer(AskError):
-    """A server answers with an error, with too much, or with what was not asked for."""
+    """A server answers with an error, or with too much data."""
 
 
 class Only200(urllib.request.HTTPErrorProcessor):
-    """Treats any other status as an error, even redirects: kv never sends them."""
+    """Treats any other status as an error, even redirects, which kv never sends."""
 
     def http_response(self, request, response):
         if response.status != 200:
@@ -2105,7 +2106,7 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
 
     Raises ValueError for a URL or a timeout that cannot be used; KeyError if the answer
     is that the key is not found; BadAnswer if it is another error, or longer than
-    `max_bytes`; and AskError if there is none, or if it is not like kv's.
+    `max_bytes`; and AskError if there is none, or if it is not one of kv's.
     """
     check_url(url)
     check_timeout(timeout)
@@ -2141,8 +2142,8 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
 
 
 def version_4_uuid(key: Key) -> str:
-    """Return a key in the form that data files have. Raises ValueError if it is not a
-    version 4 UUID.
+    """Return a key in the form that is used in data files. Raises ValueError if it is not
+    a version 4 UUID.
     """
     try:
         identifier = uuid.UUID(str(key))
@@ -2404,19 +2405,19 @@ def make_parser() -> Parser:
     command.add_argument(
         "file", metavar="FILE",
         help="The file with the pairs, one per line: a version 4 UUID, one space and the "
-             "value. - means standard input.")
+             "value. Use - for standard input.")
     command.add_argument(
         "--host", default="127.0.0.1",
         help="The address to listen on: 0.0.0.0 for all of IPv4, :: for all of IPv4 and "
-             "IPv6. By default %(default)s, reachable only from this machine.")
+             "IPv6. The default, %(default)s, is reachable only from this machine.")
     command.add_argument(
         "--port", type=whole_number(0, 65535), default=8000,
         help="The port to listen on, by default %(default)s; 0 picks a free one.")
     command.add_argument(
         "--max-connections", metavar="COUNT", type=whole_number(1, 1000000),
         help="Hold at most this many connections. Beyond that, a new one replaces the "
-             "one that has been waiting longest. By default as many as the limit of open "
-             f"files allows, up to {MAX_CONNECTIONS}.")
+             "one that has been waiting longest. By default, as many as the limit of "
+             f"open files allows, up to {MAX_CONNECTIONS}.")
     command.add_argument(
         "--reuse-port", action="store_true",
         help="Share the port with other servers that were started with this option. The "
@@ -2437,18 +2438,19 @@ def make_parser() -> Parser:
     command.set_defaults(parser=command)
     command.add_argument(
         "keys", metavar="KEY", nargs="+",
-        help="A version 4 UUID. - means keys on standard input, one per line.")
+        help="A version 4 UUID. Use - to read keys from standard input, one per line.")
     command.add_argument(
         "--url", default=DEFAULT_URL,
         help="The URL of the server. By default $KV_URL, or http://127.0.0.1:8000.")
     command.add_argument(
         "--timeout", metavar="SECONDS", type=timeout_option, default=DEFAULT_TIMEOUT,
-        help="Give up when the server is silent for this long. By default %(default)g s.")
+        help="Give up when the server has been silent for this long. By default "
+             "%(default)g s.")
     return parser
 
 
 def check_serve_options(options: argparse.Namespace) -> None:
-    """End the program if options of `serve` conflict, or are not possible here."""
+    """End the program if options of `serve` conflict, or this system lacks them."""
     if options.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
         options.parser.error("--reuse-port needs SO_REUSEPORT, which this system lacks")
     if not options.check and not options.sorted:
