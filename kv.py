@@ -603,7 +603,8 @@ class StoredValue:
 
 
 Pairs = Union[Dict[bytes, bytes], Sorted]
-Body = Union[bytes, StoredValue, "Lines"]  # of an answer
+Value = Union[bytes, StoredValue]
+Body = Union[Value, List[Value]]  # of an answer; a list has its parts
 
 
 # ---------------------------------------------------------------------------
@@ -979,34 +980,6 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
     return "\r\n".join(lines + ["", ""]).encode()
 
 
-class Lines:
-    """The answer to a request for several keys: lines, as in a data file.
-
-    Like a StoredValue, a long one is put together only as it is sent.
-    """
-
-    def __init__(self, pairs: "Dict[bytes, Body]") -> None:
-        self.pairs = pairs
-        self.size = sum(KEY_BYTES + len(value) + 2 for value in pairs.values())
-
-    def __len__(self) -> int:
-        return self.size
-
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the lines in pieces. Raises FileChanged and Unreadable."""
-        for key, value in self.pairs.items():
-            if isinstance(value, StoredValue):
-                yield key + b" "
-                yield from value.pieces()
-                yield b"\n"
-            elif len(value) > PIECE_BYTES:  # so long that it is not copied
-                yield key + b" "
-                yield value
-                yield b"\n"
-            else:
-                yield b"%b %b\n" % (key, value)
-
-
 # ---------------------------------------------------------------------------
 # Threads
 
@@ -1025,7 +998,7 @@ class Connection:
         self.address = address
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
-        # What the client has not taken yet: bytes, memoryview, StoredValue, Lines.
+        # What the client has not taken yet: bytes, memoryview, StoredValue.
         self.unsent: list = []
         # Whether to close the connection once everything has been sent.
         self.must_close = False
@@ -1062,7 +1035,7 @@ class Handler(socketserver.BaseRequestHandler):
         if connection.must_close:  # the client may have sent more, so always linger
             self.linger()
 
-    def get(self, key: bytes) -> Optional[Body]:
+    def get(self, key: bytes) -> Optional[Value]:
         """Look up a key like dict.get, waiting for the disk if necessary."""
         pairs = self.server.data.pairs
         if isinstance(pairs, Sorted):
@@ -1079,7 +1052,7 @@ class Handler(socketserver.BaseRequestHandler):
         size = sum(len(part) for part in parts)
         deadline = time.monotonic() + ANSWER_SECONDS + size / ANSWER_BYTES_A_SECOND
         for part in parts:
-            if isinstance(part, (StoredValue, Lines)):
+            if isinstance(part, StoredValue):
                 for piece in part.pieces():
                     self.send(piece, deadline)
             else:
@@ -1562,17 +1535,18 @@ class Server(http.server.ThreadingHTTPServer):
     def lines(self, keys: List[bytes], get: Callable) -> Body:
         """Return the lines of those keys that are in the data, in the same order."""
         pairs_before = self.data.pairs
-        pairs = {}
-        for key in keys:
+        parts = []
+        for key in dict.fromkeys(keys):  # a repeated key once
             value = get(key)
             if value is not None:
-                pairs[key] = value
+                parts += [key + b" ", value, b"\n"]
         if self.data.pairs is not pairs_before:  # a reload, while a thread was here
             return self.lines(keys, get)
-        lines = Lines(pairs)
-        if len(lines) > PIECE_BYTES:  # joined, they would take memory until they are sent
-            return lines
-        return b"".join(lines.pieces())
+        # If these are long, they are not joined: that would copy the values.
+        longest = max(map(len, parts), default=0)
+        if longest > JOINED_BYTES or sum(map(len, parts)) > PIECE_BYTES:
+            return parts
+        return b"".join(parts)
 
     def status_page(self) -> bytes:
         """Return what GET / shows. Raises FileChanged if lookups would raise it."""
@@ -1606,26 +1580,33 @@ class Server(http.server.ThreadingHTTPServer):
         `head` is the head of its request, or the beginning of it.
         """
         self.answer_count += 1  # one may be lost if two threads do this at the same time
+        if isinstance(body, list):
+            size = sum(map(len, body))
+        else:
+            size = len(body)
         if status == 200 and not connection.must_close:
-            answer = self.found_head % len(body)
+            answer = self.found_head % size
         else:
             answer = answer_head(status, connection.must_close, self.date)
             if status != 204:
-                answer %= len(body)
+                answer %= size
         if head.startswith(b"HEAD "):
             body = b""
+            size = 0
         if connection.must_close:
             # The client may still be sending: more requests during a long answer, or a
             # body. (The statuses 200 and 404 are only for requests without one.)
             may_have_body = status not in (200, 404)
-            connection.must_linger = may_have_body or len(body) > PIECE_BYTES
+            connection.must_linger = may_have_body or size > PIECE_BYTES
         if self.log.is_verbose:
-            self.log_request(connection.address, head, status, len(body))
-        if len(body) <= JOINED_BYTES:  # so it is bytes: StoredValue and Lines are longer
+            self.log_request(connection.address, head, status, size)
+        if size <= JOINED_BYTES:  # then the body is of type bytes
             connection.unsent.append(answer + body)
+        elif isinstance(body, list):
+            connection.unsent += [answer, *body]
         else:
             connection.unsent += [answer, body]
-        return len(answer) + len(body)
+        return len(answer) + size
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
@@ -1637,17 +1618,14 @@ class Server(http.server.ThreadingHTTPServer):
     def send(self, connection: Connection) -> bool:
         """Send what is unsent, and return whether nothing is left.
 
-        These are new answers: what is left of one is sent by a thread. More than
-        TURN_BYTES is left to a thread, as are Lines. (Only threads make a StoredValue, so
-        there is none here.)
+        These are new answers: what is left of one is sent by a thread, and so is all that
+        is longer than TURN_BYTES. (Only threads make a StoredValue, so there is none.)
         """
         unsent = connection.unsent
         try:
             if len(unsent) == 1:  # an answer that is joined to its body, so it is short
                 sent = connection.socket.send(unsent[0])
             elif not CAN_GATHER or sum(map(len, unsent)) > TURN_BYTES:
-                return False
-            elif any(isinstance(part, Lines) for part in unsent):
                 return False
             else:
                 sent = connection.socket.sendmsg(unsent[:JOINED_PARTS])
