@@ -123,7 +123,7 @@ EVENTS_A_NEWCOMER = 16        # when busy, accept one connection per this many e
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = 10.0        # seconds
 MAX_TIMEOUT = 1000000         # seconds; sockets do not accept much more
-MAX_VALUE_BYTES = 1 << 31     # largest value that is accepted from a server
+MAX_VALUE_BYTES = (1 << 31) - 1   # largest value to accept; TLS cannot read more at once
 KEYS_TOGETHER = 200           # keys to ask for in one request; they fit in LINE_BYTES
 TOGETHER_BYTES = 1 << 26      # largest answer to such a request; if it is larger, the
                               # keys are asked for one by one
@@ -174,21 +174,16 @@ class Log:
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
+        # Descriptor 2 must stay a blocking one: other programs, such as the shell, share
+        # its mode. On Linux, opening the same pipe or terminal again gives a descriptor
+        # with its own mode. Elsewhere, `put` has to rely on select alone.
         is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
         if os.name == "posix" and (is_pipe or self.is_terminal):
-            self.descriptor = self.nonblocking_descriptor()
-
-    def nonblocking_descriptor(self) -> int:
-        """Return a nonblocking descriptor for standard error, or 2 if there is none.
-
-        Descriptor 2 must stay a blocking one: other programs, such as the shell, share
-        its mode. On Linux, opening the same pipe or terminal again gives a descriptor
-        with its own mode. Elsewhere, `put` has to rely on select alone.
-        """
-        try:
-            return os.open("/dev/stderr", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        except OSError:
-            return 2
+            try:
+                self.descriptor = os.open(
+                    "/dev/stderr", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            except OSError:
+                pass
 
     def write(self, line: str) -> None:
         """Write a line, given without its newline. A very long line is truncated."""
@@ -269,9 +264,7 @@ def data_name(path: str) -> str:
     """Return the name that messages use for the data file at `path`."""
     if path == "-":
         return "standard input"
-    if not path:
-        return "''"
-    return escape(os.fsdecode(path))
+    return escape(os.fsdecode(path)) or "''"
 
 
 def stamp(descriptor: int) -> Tuple[int, int]:
@@ -631,15 +624,14 @@ class Data:
     """
 
     def __init__(self, options: argparse.Namespace, log: Log) -> None:
-        self.path = options.file
+        self.options = options
         self.name = data_name(options.file)
-        self.is_sorted = options.sorted
-        self.is_checked = options.check
         self.log = log
         self.pairs: Pairs = {}
         self.summary = ""                # as in messages, "10000 pairs"
-        self.warnings: List[str] = []    # what the parser found in the last load
         self.since = ""                  # date of the last load
+        self.report = ""                 # what the log says of the last load
+        self.load_start = 0.0            # time.monotonic() at the start of a load
         self.new_pairs: Pairs = {}       # those of a load that is under way
         self.new_file: Optional[BinaryIO] = None   # the file of that load
 
@@ -648,32 +640,35 @@ class Data:
 
         Raises OSError, ValueError and MemoryError.
         """
+        self.load_start = time.monotonic()
         self.new_pairs = {}
         warnings: List[str] = []
         summary = "unchecked pairs"
-        with open_data(self.path) as file:
+        with open_data(self.options.file) as file:
             self.new_file = file
-            if self.is_sorted:
+            if self.options.sorted:
                 self.new_pairs = Sorted(file)
-            if self.is_checked:
+            if self.options.check:
                 warnings = yield from parse(file, self.name, self.new_pairs)
                 summary = f"{len(self.new_pairs)} pairs"
         self.pairs = self.new_pairs
         self.new_pairs = {}
         self.summary = summary
-        self.warnings = warnings
         self.since = email.utils.formatdate(usegmt=True)
+        seconds = time.monotonic() - self.load_start
+        success = f"{summary} of {self.name} in {seconds:.2f} s"
+        self.report = "\n".join(warnings + [success])
 
     def reload(self) -> Iterator[None]:
         """Load the file again, then free what is no longer needed.
 
         Errors are logged, and the old pairs stay.
         """
-        start = time.monotonic()
         old_pairs = self.pairs
         failure = ""
         try:
-            if self.path == "-" or not stat.S_ISREG(os.stat(self.path).st_mode):
+            path = self.options.file
+            if path == "-" or not stat.S_ISREG(os.stat(path).st_mode):
                 raise ValueError(f"{self.name}: not a file that can be read again")
             yield from self.load()
         except Exception as error:
@@ -681,8 +676,8 @@ class Data:
             unneeded = self.new_pairs
             self.new_pairs = {}
         else:
-            success = f"{self.description(start)}, reloaded"
-            if self.is_checked:  # then the old pairs were counted, too
+            success = f"{self.report}, reloaded"
+            if self.options.check:  # then the old pairs were counted, too
                 success += f" ({len(old_pairs)} before)"
             self.log(success)
             unneeded = old_pairs
@@ -694,22 +689,14 @@ class Data:
         if failure:  # now there is memory to log it, if that had run out
             self.log(f"{failure}\nthe data stays as it was")
 
-    def description(self, start: float) -> str:
-        """Return what the log says of a load that began at `start`, a time.monotonic().
-
-        Its warnings come first, one per line.
-        """
-        success = f"{self.summary} of {self.name} in {time.monotonic() - start:.2f} s"
-        return "\n".join(self.warnings + [success])
-
-    def progress(self, start: float) -> str:
-        """Return how far a load has come; `start` is a time.monotonic()."""
+    def progress(self) -> str:
+        """Return how far a load has come."""
         percent = "?"
         if self.new_file.seekable():
             size = os.fstat(self.new_file.fileno()).st_size
             percent = str(self.new_file.tell() * 100 // max(size, 1))
         count = len(self.new_pairs)
-        rate = count / (time.monotonic() - start)
+        rate = count / (time.monotonic() - self.load_start)
         return f"{percent} % read, {count} pairs, {rate:.0f} a second"
 
 
@@ -797,10 +784,15 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
         return b"", MALFORMED_LINE
     if status == 505:  # another version of HTTP may have other forms of a target
         return b"", verdict
-    path = path_of(method, target)
-    if path is None:
-        return b"", MALFORMED_LINE
-    return path, verdict
+    # The forms that RFC 9112 section 3.2 allows
+    if target.startswith(b"/"):
+        return target[1:], verdict
+    absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
+    if absolute:
+        return absolute[1] or b"", verdict
+    if method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"):
+        return b"", verdict  # these two have no path
+    return b"", MALFORMED_LINE
 
 
 def judge_length(head: bytes) -> Optional[Verdict]:
@@ -821,8 +813,7 @@ def judge_length(head: bytes) -> Optional[Verdict]:
 
 
 def judge_fields(method: bytes, rest: bytes) -> Verdict:
-    """Judge everything in a head except its target: the method, the version, the fields.
-    """
+    """Judge the rest of a head, which is all but its target."""
     version, *lines = rest.split(b"\r\n")
     if not TOKEN_RE.fullmatch(method) or not VERSION_RE.fullmatch(version):
         return MALFORMED_LINE
@@ -855,8 +846,11 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
             400, "both Content-Length and Transfer-Encoding (RFC 9112 section 6.2)")
     if len(lengths) > 1 or lengths and not lengths[0].isdigit():
         return refusal(400, "malformed Content-Length (RFC 9112 section 6.2)")
-    if codings and not are_valid_codings(list_elements(codings)):
-        return refusal(400, "malformed Transfer-Encoding (RFC 9112 section 6.1)")
+    if codings:
+        *others, last = list_elements(codings) or [b""]
+        is_chunked = last == b"chunked" and b"chunked" not in others
+        if not is_chunked or not all(map(CODING_RE.fullmatch, others)):
+            return refusal(400, "malformed Transfer-Encoding (RFC 9112 section 6.1)")
     if has_body and method in (b"GET", b"HEAD"):
         return refusal(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
 
@@ -883,27 +877,6 @@ def list_elements(values: List[bytes]) -> List[bytes]:
     elements = b",".join(values).lower().split(b",")
     stripped = [element.strip(b"\t ") for element in elements]
     return [element for element in stripped if element]
-
-
-def are_valid_codings(codings: List[bytes]) -> bool:
-    """Return whether transfer codings are well formed, and only the last is chunked."""
-    if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-        return False
-    return all(CODING_RE.fullmatch(coding) for coding in codings)
-
-
-def path_of(method: bytes, target: bytes) -> Optional[bytes]:
-    """Return the path in a target, without its first slash; None if the target is not of
-    a valid form (RFC 9112 section 3.2).
-    """
-    if target.startswith(b"/"):
-        return target[1:]
-    absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
-    if absolute:
-        return absolute[1] or b""
-    if method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"):
-        return b""  # these two forms have no path
-    return None
 
 
 def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
@@ -1289,8 +1262,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
 
     def overdue(self, waiting: Iterable[Connection], seconds: float) -> List[Connection]:
-        """Return those connections of `waiting` that have waited longer than `seconds`.
-        """
+        """Return those of `waiting` that have waited longer than `seconds`."""
         limit = self.now - seconds
         return list(itertools.takewhile(lambda c: c.waiting_since < limit, waiting))
 
@@ -1465,14 +1437,15 @@ class Server(http.server.ThreadingHTTPServer):
     def answer_requests(self, connection: Connection, get: Callable) -> None:
         """Answer all complete requests in what a connection has received.
 
-        `get` looks up a key like dict.get. If it raises BlockingIOError, or the answers
-        exceed TURN_BYTES, the other requests remain in `received`, as does the beginning
-        of a head. Handlers call this, too.
+        `get` looks up a key like dict.get. If it raises BlockingIOError, that request and
+        those after it remain in `received`. Handlers call this, too.
         """
-        heads = connection.received.split(b"\r\n\r\n")
-        connection.received = heads.pop()
         size = 0
-        for index, head in enumerate(heads):
+        # `send` leaves more than TURN_BYTES to a thread, which answers the rest as well.
+        while size <= TURN_BYTES and not connection.must_close:
+            head, head_end, rest = connection.received.partition(b"\r\n\r\n")
+            if not head_end:
+                return
             if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
                 head = head[2:]
             must_close = True
@@ -1481,37 +1454,23 @@ class Server(http.server.ThreadingHTTPServer):
                 _, _, must_close = verdict
                 status, body, must_close = self.answer(path, verdict, get)
             except BlockingIOError:
-                self.put_back(connection, heads[index:])
                 raise
             except Exception as error:
                 # Now must_close is that of the verdict, or True if `judge` failed.
                 self.report_fault(error, connection.address)
                 status = 500
                 body = INTERNAL_ERROR
-            is_last = index + 1 == len(heads)
-            # After a stop, all complete requests that have been sent are answered.
-            if self.is_stopping and is_last and not has_sent_more(connection):
+            connection.received = rest
+            if self.is_stopping and not has_sent_more(connection):
                 must_close = True
             connection.must_close = must_close
             size += self.add_answer(connection, head, status, body)
-            if must_close:
-                if connection.received or not is_last:  # these are never answered
-                    connection.must_linger = True
-                return
-            if size > TURN_BYTES:
-                # `send` leaves so much to a thread, which answers the rest as well.
-                self.put_back(connection, heads[index + 1:])
-                return
-
-    def put_back(self, connection: Connection, heads: List[bytes]) -> None:
-        """Put the heads of requests that are not answered yet back into `received`."""
-        connection.received = b"\r\n\r\n".join(heads + [connection.received])
+            if must_close and rest:  # the client has sent what is never answered
+                connection.must_linger = True
 
     def answer(
             self, path: bytes, verdict: Verdict, get: Callable) -> Tuple[int, Body, bool]:
-        """Return status and body of the answer to a request, and whether to close the
-        connection after it.
-        """
+        """Return status and body of an answer, and whether it ends its connection."""
         status, text, must_close = verdict
         if status != 200:
             return status, text, must_close
@@ -1671,9 +1630,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Mark a connection to be closed because of the exception that is being handled,
-        and log that if it is a fault.
-        """
+        """Have a connection closed because of the current exception; log a fault."""
         request.must_close = True
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
@@ -1729,9 +1686,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.begin_stop()
 
     def begin_stop(self) -> None:
-        """Stop listening. From now on, a connection is closed once every request that its
-        client has sent has been answered.
-        """
+        """Stop listening; close each connection when its requests have been answered."""
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
         # Those in the queue are answered, too. Linux queues one more than it is told.
@@ -1777,11 +1732,6 @@ class Signals:
         elif now > self.terminal_seen + HANGUP_SECONDS:
             self.ends_with_terminal = False
 
-    def catch_stops(self) -> None:
-        """Catch SIGTERM and Ctrl-C from now on."""
-        signal.signal(signal.SIGTERM, self.on_stop)
-        signal.signal(signal.SIGINT, self.on_stop)
-
     def on_hangup(self, *_) -> None:
         if self.ends_with_terminal and not has_terminal():
             os.kill(os.getpid(), signal.SIGTERM)  # which ends a load as well
@@ -1795,7 +1745,10 @@ class Signals:
 
 
 def has_sent_more(connection: Connection) -> bool:
-    """Return whether a client has sent more than what was received."""
+    """Return whether a client has sent another request, or more than what was received.
+    """
+    if b"\r\n\r\n" in connection.received:
+        return True
     connection.socket.setblocking(False)  # Handlers set timeouts
     try:
         return bool(connection.socket.recv(1, socket.MSG_PEEK))
@@ -1846,34 +1799,27 @@ def serve(options: argparse.Namespace) -> int:
 
 def start_server(options: argparse.Namespace, log: Log) -> Server:
     """Return a server that has its data and listens. Raises CannotServe."""
-    start = time.monotonic()
     options.max_connections = allowed_connections(options.max_connections, log)
     data = Data(options, log)
     signals = Signals()
     listener = handed_down_socket()
-    # The port is taken before the data is loaded, so that a busy one is reported at once.
     try:
+        # Take the port before loading the data, so that a busy one is reported at once.
         server = Server(options, data, log, signals, listener)
+        signals.catch_hangups()  # SIGHUP would end a load
+        load_with_progress(data, log)
+        # Until here, SIGTERM and Ctrl-C end the load.
+        signal.signal(signal.SIGTERM, signals.on_stop)
+        signal.signal(signal.SIGINT, signals.on_stop)
+        server.server_activate()
     except (OSError, UnicodeError) as error:
         raise CannotServe(listen_failure(error, options))
-    signals.catch_hangups()  # SIGHUP would end a load
-    try:
-        load_with_progress(data, log)
-    except (OSError, ValueError, MemoryError) as error:
-        raise CannotServe(load_failure(error, data.name))
-    signals.catch_stops()  # until here, SIGTERM and Ctrl-C end the load
-    try:
-        server.server_activate()
-    except OSError as error:
-        raise CannotServe(listen_failure(error, options))
     address = server.socket.getsockname()
-    if not isinstance(address, tuple):  # an abstract one is bytes
-        place = f"unix:{os.fsdecode(address)}"
-    elif listener:
+    if isinstance(address, tuple):
         place = f"http://{host_and_port(*address[:2])}"
-    else:  # with the host as it was given
-        place = f"http://{host_and_port(options.host, address[1])}"
-    log(f"{data.description(start)}, on {escape(place)}")
+    else:  # of a Unix socket; an abstract one is bytes
+        place = f"unix:{os.fsdecode(address)}"
+    log(f"{data.report}, on {escape(place)}")
     return server
 
 
@@ -1937,22 +1883,20 @@ def allowed_files(needed: int, log: Log) -> int:
 
 
 def load_with_progress(data: Data, log: Log) -> None:
-    """Load the data file in one go, and show progress on a terminal.
-
-    Raises OSError, ValueError and MemoryError.
-    """
+    """Load the data file, and show progress on a terminal. Raises CannotServe."""
     is_dumb = os.name == "nt" or os.environ.get("TERM") == "dumb"
     can_show = log.is_terminal and not is_dumb
     clear_line = b"\r\x1b[K"
     is_shown = False
-    start = time.monotonic()
-    next_shown = start + PROGRESS_SECONDS
+    next_shown = time.monotonic() + PROGRESS_SECONDS
     try:
         for _ in data.load():
             if can_show and time.monotonic() >= next_shown:
                 next_shown = time.monotonic() + TICK_SECONDS
                 is_shown = True
-                log.put(clear_line + data.progress(start).encode())
+                log.put(clear_line + data.progress().encode())
+    except (OSError, ValueError, MemoryError) as error:
+        raise CannotServe(load_failure(error, data.name))
     finally:
         if is_shown:
             log.put(clear_line)
@@ -1979,8 +1923,6 @@ def host_and_port(host: str, port: int) -> str:
 # ---------------------------------------------------------------------------
 # get
 
-TIMEOUT_RANGE = f"must be above 0 and at most {MAX_TIMEOUT} seconds"
-
 Key = Union[str, uuid.UUID]
 
 
@@ -1992,14 +1934,10 @@ class BadAnswer(AskError):
     """A server answers with an error, or with too much data."""
 
 
-class Only200(urllib.request.HTTPErrorProcessor):
-    """Treats any other status as an error, even redirects, which kv never sends."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Has answers of any status returned: none is raised, and no redirect followed."""
 
     def http_response(self, request, response):
-        if response.status != 200:
-            raise urllib.error.HTTPError(
-                request.full_url, response.status, response.reason, response.headers,
-                response)
         return response
 
     https_response = http_response
@@ -2059,14 +1997,7 @@ def ask_together(
         body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
     except (KeyError, BadAnswer):
         return None  # older versions of kv, and proxies in front of shards, refuse lists
-    return pairs_in_answer(body, names)
-
-
-def pairs_in_answer(body: bytes, names: List[str]) -> Optional[Dict[str, bytes]]:
-    """Return {name: value} of an answer for several keys, which is a data file.
-
-    Returns None if it is not one, or has other keys.
-    """
+    # The answer should be a data file, and have no other keys.
     values = {}
     *lines, rest = body.split(b"\n")
     for line in lines:
@@ -2095,34 +2026,32 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
         proxies[urllib.parse.urlsplit(url).scheme] = proxy
         shown = escape(proxy.rpartition("@")[2])  # without the password
         place = f"{url} through the proxy {shown}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), Only200)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), AnyStatus)
     try:
         with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
+            if answer.status != 200:
+                body = answer.read(PIECE_BYTES)
+                if answer.status == 404 and body == KEY_NOT_FOUND:
+                    raise KeyError(path)
+                said = f"{answer.status} {answer.reason}"
+                line = body.decode("utf-8", "replace").partition("\n")[0]
+                if line:
+                    said += f": {line}"
+                raise BadAnswer(f"{place} answered {shorten(said)}")
             size = body_size(answer)
             if size > max_bytes:
                 raise BadAnswer(
                     f"{place} answered with {size} bytes, more than {max_bytes}")
-            return read_body(answer, size)
+            return answer.read()
     except BadAnswer:
         raise
-    except urllib.error.HTTPError as error:
-        body = read_error(error)
-        if error.code == 404 and body == KEY_NOT_FOUND:
-            raise KeyError(path) from None
-        said = f"{error.code} {error.reason}"
-        line = body.decode("utf-8", "replace").partition("\n")[0]
-        if line:
-            said += f": {line}"
-        raise BadAnswer(f"{place} answered {shorten(said)}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, MemoryError) as error:
         reason = ask_failure(error, timeout, proxy)
         raise AskError(f"cannot ask {place}: {reason}") from None
 
 
 def version_4_uuid(key: Key) -> str:
-    """Return a key in the form that is used in data files. Raises ValueError if it is not
-    a version 4 UUID.
-    """
+    """Return a key as in data files. Raises ValueError unless it is a version 4 UUID."""
     try:
         identifier = uuid.UUID(str(key))
     except ValueError:
@@ -2161,7 +2090,8 @@ def check_url(url: str) -> None:
 def check_timeout(seconds: float) -> None:
     """Raise ValueError if a timeout is not one that sockets accept."""
     if not 0 < seconds <= MAX_TIMEOUT:
-        raise ValueError(f"{seconds:g}: {TIMEOUT_RANGE}")
+        raise ValueError(f"timeout {seconds:g}: must be above 0 and at most "
+                         f"{MAX_TIMEOUT} seconds")
 
 
 def proxy_for(url: str) -> Optional[str]:
@@ -2197,46 +2127,21 @@ def body_size(answer: http.client.HTTPResponse) -> int:
     return int(lengths[0])
 
 
-def read_body(answer: http.client.HTTPResponse, size: int) -> bytes:
-    """Return a body of `size` bytes. Raises OSError if it is cut off, or does not fit in
-    memory.
-    """
-    pieces = []
-    missing = size
-    try:
-        while missing:
-            piece = answer.read(min(missing, PIECE_BYTES))
-            if not piece:
-                raise OSError(f"the answer ended {missing} bytes early")
-            pieces.append(piece)
-            missing -= len(piece)
-        return b"".join(pieces)
-    except MemoryError:
-        raise OSError("the value does not fit in memory") from None
-
-
-def read_error(error: urllib.error.HTTPError) -> bytes:
-    """Return the beginning of the body of an error."""
-    try:
-        with error:
-            return error.read(PIECE_BYTES)
-    except (OSError, http.client.HTTPException):
-        return b""
-
-
 def ask_failure(error: Exception, timeout: float, proxy: Optional[str]) -> str:
     """Return why a server could not be asked."""
     reason = error
     if isinstance(error, urllib.error.URLError):
         reason = error.reason  # the error that it wraps
     text = shorten(getattr(reason, "strerror", None) or str(reason).strip())
-    if isinstance(reason, ConnectionRefusedError):
-        if proxy:
-            return "Connection refused"
-        return ("Connection refused; start a server with `python kv.py serve FILE`, "
+    if isinstance(reason, ConnectionRefusedError) and not proxy:
+        return (f"{text}; start a server with `python kv.py serve FILE`, "
                 "or name another with --url")
     if isinstance(reason, socket.timeout):
         return f"no answer within {timeout:g} s"
+    if isinstance(reason, http.client.IncompleteRead):
+        return f"the answer ended {reason.expected} bytes early"
+    if isinstance(reason, MemoryError):
+        return "the value does not fit in memory"
     if "WRONG_VERSION_NUMBER" in str(reason) or "RECORD_LAYER" in str(reason):
         return "the server does not speak TLS; use http://"
     if isinstance(reason, http.client.RemoteDisconnected):  # a kind of BadStatusLine
@@ -2253,28 +2158,29 @@ def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO)
 
     The output is as if the keys were asked for one by one.
     """
-    names = {}
+    names = []
     faults = {}
     for key in keys:
         try:
-            names[key] = version_4_uuid(key)
+            names.append(version_4_uuid(key))
         except ValueError as error:
             faults[key] = str(error)
-    asked = [names[key] for key in keys if key in names]
-    values = find(asked, options.url, options.timeout)
+    values = find(names, options.url, options.timeout)
     code = 0
     for key in keys:
-        if key in names:
+        if key in faults:
+            fault = faults[key]
+            code = 2
+        else:
             value = next(values)
             if value is not None:
-                output.write(value + b"\n")
+                output.write(value)
+                output.write(b"\n")
                 continue
-            faults[key] = f"{escape(key)}: not found"
+            fault = f"{escape(key)}: not found"
             code = max(code, 1)
-        else:
-            code = 2
         output.flush()  # so that values and messages are in order on a terminal
-        complain(faults[key])
+        complain(fault)
     output.flush()
     return code
 
@@ -2297,29 +2203,24 @@ def keys_from_standard_input() -> Iterator[List[str]]:
 
     Raises ValueError if standard input cannot be read.
     """
-    if sys.stdin is None:
-        raise ValueError("standard input is closed")
     rest = b""  # the beginning of a line
-    is_complete = False
-    while not is_complete:
+    data = b"\n"
+    while data:
         try:
             data = os.read(0, INPUT_BYTES)
         except OSError as error:  # another OSError would be about standard output
             raise ValueError(f"standard input: {error.strerror}")
-        is_complete = not data
-        *lines, rest = (rest + data).split(b"\n")
-        if is_complete:
-            lines.append(rest)
+        # At the end of the input, a newline completes the last line.
+        *lines, rest = (rest + (data or b"\n")).split(b"\n")
         yield [line.decode("utf-8", "replace").strip() for line in lines if line.strip()]
 
 
 def run_get(options: argparse.Namespace) -> int:
     """Print the values of keys, one per line. Returns the exit code."""
-    if sys.stdout is None:
-        complain("standard output is closed")
-        return 2
     code = 0
     try:
+        check_url(options.url)  # first, as there may be no key yet
+        check_timeout(options.timeout)
         with open(1, "wb", closefd=False) as output:
             for keys in keys_to_ask(options.keys):
                 code = max(code, print_values(keys, options, output))
@@ -2354,16 +2255,6 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return int(text)
     return read
-
-
-def timeout_option(text: str) -> float:
-    """Read a timeout in seconds, for argparse."""
-    try:
-        seconds = float(text)
-        check_timeout(seconds)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: {TIMEOUT_RANGE}")
-    return seconds
 
 
 def make_parser() -> Parser:
@@ -2421,7 +2312,7 @@ def make_parser() -> Parser:
         "--url", default=DEFAULT_URL,
         help="The URL of the server. By default $KV_URL, or http://127.0.0.1:8000.")
     command.add_argument(
-        "--timeout", metavar="SECONDS", type=timeout_option, default=DEFAULT_TIMEOUT,
+        "--timeout", metavar="SECONDS", type=float, default=DEFAULT_TIMEOUT,
         help="Give up when the server has been silent for this long. By default "
              "%(default)g s.")
     return parser
@@ -2440,31 +2331,12 @@ def check_serve_options(options: argparse.Namespace) -> None:
         options.parser.error("--sorted is only for regular files")
 
 
-def check_get_options(options: argparse.Namespace) -> None:
-    """End the program if options of `get` cannot be used."""
-    try:
-        check_url(options.url)
-    except ValueError as error:
-        options.parser.error(f"--url: {error}")
-
-
-def check_command(command: str, parser: Parser) -> None:
-    """End the program if the first argument is not a command. Suggests one if possible.
-    """
-    if command in ("", "serve", "get") or command.startswith("-"):
-        return  # the parser knows these, or reports them
-    if os.path.exists(command):
-        parser.error(f"did you mean `kv.py serve {command}`?")
-    if re.fullmatch(KEY_IN_EITHER_CASE, os.fsencode(command)):
-        parser.error(f"did you mean `kv.py get {command}`?")
-    parser.error(f"{command}: neither serve nor get")
-
-
 def main() -> int:
     """Run the command that `sys.argv` gives. Returns the exit code."""
     parser = make_parser()
-    if len(sys.argv) > 1:
-        check_command(sys.argv[1], parser)
+    first = "".join(sys.argv[1:2])
+    if first not in ("serve", "get") and os.path.exists(first):
+        parser.error(f"did you mean `kv.py serve {first}`?")
     options, unknown = parser.parse_known_args()
     if unknown:  # reported by the parser of the command, which knows its own --help
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -2472,7 +2344,6 @@ def main() -> int:
         if options.command == "serve":
             check_serve_options(options)
             return serve(options)
-        check_get_options(options)
         return run_get(options)
     except KeyboardInterrupt:  # Ctrl-C during get, or a second one during serve
         return 130
