@@ -97,10 +97,10 @@ JOINED_PARTS = 1024           # parts of answers to send in one call; the IOV_MA
 PIECE_BYTES = 1 << 15         # bytes of a long value to read at a time
 TURN_BYTES = 1 << 18          # bytes to send to one client before others get a turn;
                               # longer answers get a thread
-# A client must take an answer within ANSWER_SECONDS + its size / ANSWER_BYTES_A_SECOND.
+# A client must take an answer within ANSWER_SECONDS + its size / ANSWER_BYTES_PER_SECOND.
 ANSWER_SECONDS = 10
-ANSWER_BYTES_A_SECOND = 10000
-STALL_SECONDS = 10            # longest time in which a client may take no byte of it
+ANSWER_BYTES_PER_SECOND = 10000
+STALL_SECONDS = 10            # longest time that a client may go without taking any of it
 LINGER_SECONDS = 3            # time for a client to stop sending before it is closed
 
 # Connections
@@ -117,7 +117,7 @@ HANGUP_SECONDS = 1.0          # when a terminal closes, SIGHUP arrives within th
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
 PATIENCE_SECONDS = 0.0001     # time to poll for more requests before going to sleep
-EVENTS_A_NEWCOMER = 16        # when busy, accept one connection per this many events
+EVENTS_PER_NEWCOMER = 16      # when busy, accept one connection per this many events
 
 # get
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
@@ -204,7 +204,7 @@ class Log:
             pass  # the pipe is full, or its reader is gone
 
     def __call__(self, text: str) -> None:
-        """Write each line of `text`, after the time unless this is a terminal."""
+        """Write each line of `text`, prefixed with the time unless on a terminal."""
         prefix = "kv: "
         if not self.is_terminal:
             now = datetime.datetime.now().astimezone()
@@ -274,11 +274,12 @@ def stamp(descriptor: int) -> Tuple[int, int]:
 
 
 def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, List[str]]:
-    """Store the pairs of `file` in `pairs`, which is empty; yield after every STEP_BYTES.
+    """Store the pairs of `file` in `pairs`, which must be empty; yield after every
+    STEP_BYTES.
 
-    `name` is the name of the file in messages. Returns warnings: texts about likely
-    mistakes. Raises OSError if the file cannot be read, and ValueError if it cannot be
-    served; its text says why, with one line for each bad line.
+    `name` is the name of the file in messages. Returns warnings about likely mistakes.
+    Raises OSError if the file cannot be read, and ValueError if it cannot be served; the
+    message says why, with one line for each bad line.
     """
     pair_re = PAIR_RE
     if isinstance(pairs, Sorted):
@@ -376,7 +377,7 @@ class FileChanged(Exception):
 
 
 class Unreadable(Exception):
-    """A part of a sorted file cannot be read; the text says why."""
+    """A part of a sorted file cannot be read; the message says why."""
 
 
 class Sorted:
@@ -401,10 +402,10 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # A mark has the number of a key, and the offset at which the line of this key
-        # ends. That is where the next line begins: the lines of higher keys begin there
-        # or later, all others before it. The first and the last mark stand for the ends
-        # of the file.
+        # A mark has the number of a key, and the offset of the newline that ends its
+        # line. The lines of higher keys begin at that offset or later; the line of this
+        # key, and those of lower keys, begin before it. The first and the last mark stand
+        # for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -429,7 +430,7 @@ class Sorted:
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             self.mark_numbers.insert(-1, key_number(key))
-            # The parser has just read this line, up to and with the newline at its end.
+            # The parser has just read this line, including the newline at its end.
             self.mark_offsets.insert(-1, self.file.tell() - 1)
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Body]":
@@ -447,11 +448,10 @@ class Sorted:
         high_number = self.mark_numbers[mark]
         low = self.mark_offsets[mark - 1]
         high = self.mark_offsets[mark]
-        # Each turn of this loop raises `low` or lowers `high`, and keeps true that
-        #  - if the key has a line, it begins at `low` or later, but before `high`;
-        #  - low_number < number <= high_number.
-        # That is true of the marks on either side of the key, as no version 4 UUID has
-        # the number 0 or 1 << 128.
+        # If the key has a line, it begins at `low` or later, but before `high`; and
+        # low_number < number <= high_number. This holds for the two marks, as no version
+        # 4 UUID has the number 0 or 1 << 128. Each iteration looks at the first line from
+        # `probe` on, where low <= probe < high, and then raises `low` or lowers `high`.
         probes = 0
         while low < high:
             probes += 1
@@ -460,23 +460,22 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            probe = max(low, guess - PAGE_BYTES // 2)  # it is below `high`
+            probe = max(low, guess - PAGE_BYTES // 2)
             offset, page, first = self.page_with_key(probe, high, wait)
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
             if not first:  # no line begins between `probe` and `high`
-                high = probe  # high_number stays, which is less exact, but not wrong
+                high = probe  # high_number can stay: numbers only serve to guess
                 continue
-            if key < first[1]:  # the line begins before `probe`
+            if key < first[1]:  # no line before this one begins at `probe` or later
                 high = probe
                 high_number = key_number(first[1])
                 continue
-            last = LAST_KEY_RE.match(page)  # at least the first one
+            last = LAST_KEY_RE.match(page)  # it may be the first one as well
             if key < last[1]:  # the line would be in this page
                 return None
-            # The line begins after the last one in this page.
-            low = offset + last.start(1)
+            low = offset + last.start(1)  # the line begins after the last one here
             low_number = key_number(last[1])
         return None
 
@@ -485,14 +484,15 @@ class Sorted:
     ) -> "Tuple[int, bytes, Optional[re.Match]]":
         """Return the first page from `offset` on that has a whole key.
 
-        Returns its offset, the page, and the match of FIRST_KEY_RE. That is None only if
-        no line begins before `high`; it may be of a line beyond `high`.
+        Returns its offset, the page, and the match of FIRST_KEY_RE. The match is None
+        only if no line begins before `high`; it may belong to a line beyond `high`.
         """
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # Continue at the next line. It may even begin in this page, but then so near
-            # the end that its newline, key and space do not fit: in the last 37 bytes.
+            # The newline, the key and the space of a line are KEY_BYTES + 2. So a line
+            # that begins in the last KEY_BYTES + 1 bytes of the page was not found:
+            # continue there. (The last page of the file may be even shorter than that.)
             offset += max(1, len(page) - KEY_BYTES - 1)
             offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
@@ -547,7 +547,8 @@ class Sorted:
         except OSError as error:
             raise Unreadable(error.strerror)
         self.check()
-        if len(content) < size and offset + len(content) < self.size:
+        is_at_end = offset + len(content) >= self.size
+        if len(content) < size and not is_at_end:
             if wait:
                 raise Unreadable(f"readable only up to byte {offset + len(content)}")
             raise BlockingIOError("only a part of it is in memory")
@@ -607,7 +608,7 @@ def load(path: str) -> Dict[bytes, bytes]:
     """Return the pairs in the data file at `path`, for programs that import this module.
 
     Raises OSError if the file cannot be read, MemoryError if it is too large, and
-    ValueError if it is malformed; its text has one line for each bad line.
+    ValueError if it is malformed; the message has one line for each bad line.
     """
     pairs: Dict[bytes, bytes] = {}
     with open_data(path) as file:
@@ -758,9 +759,10 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the path in it, without its first slash, and the verdict. A verdict of 200 is
-    not about the path, which may have any byte in it but a space, even CR or LF. Nearly
-    all paths are keys, and are found. `judge_path` judges those that are not.
+    Returns the path in it, without its first slash, and the verdict. A verdict of 200
+    says nothing about the path, which may contain any byte except a space, even CR or LF.
+    The caller looks it up first, as nearly all paths are keys in the data. If it is not
+    found, the caller has `judge_path` judge it.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -911,8 +913,9 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
         if LINE_BEGINNING_RE.fullmatch(line):
             return None
         return MALFORMED_LINE
-    # The line is judged with a field that is made up. The two refusals that are about the
-    # line alone are given now; any other verdict has to wait for the real fields.
+    # The line is complete, so it is judged, with a made-up field. MALFORMED_LINE and
+    # OTHER_VERSION do not depend on fields. Any other verdict has to wait for the real
+    # ones.
     path, verdict = judge(line + b"\r\nHost: kv")
     if verdict[0] == 200:
         _, verdict = judge_path(path)
@@ -1015,7 +1018,8 @@ class Handler(socketserver.BaseRequestHandler):
             return pairs.get(key, wait=True)
         value = pairs.get(key)
         if value is None and pairs is not self.server.data.pairs:
-            # Meanwhile, a reload has replaced this dict and begun to empty it.
+            # A reload replaces the dict before it empties the old one. So the key may
+            # just have been removed from that.
             return self.get(key)
         return value
 
@@ -1023,7 +1027,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Send what is unsent. Raises OSError if the client does not take it in time."""
         parts = self.request.unsent
         size = sum(len(part) for part in parts)
-        deadline = time.monotonic() + ANSWER_SECONDS + size / ANSWER_BYTES_A_SECOND
+        deadline = time.monotonic() + ANSWER_SECONDS + size / ANSWER_BYTES_PER_SECOND
         for part in parts:
             if isinstance(part, StoredValue):
                 for piece in part.pieces():
@@ -1055,7 +1059,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        # If the loop has sent the answer, `hand_over` has already set this.
+        # If the loop has sent the answer, the server already waits since then.
         if connection.waiting_since == NEVER:
             connection.waiting_since = now
         deadline = now + LINGER_SECONDS
@@ -1084,7 +1088,9 @@ class Server(http.server.ThreadingHTTPServer):
     The loop keeps its connections in two dicts, in the order in which they began to wait
     for their clients: in `idle` for the next request, in `beginnings` for the rest of a
     head. So the first one of each is the next to expire, or to be evicted. Those that
-    belong to threads are in `handed_over`.
+    belong to threads are in `handed_over`. To give one back, a thread registers its
+    socket, and then puts it in `returned`; until the loop takes it from there, it ignores
+    events of that socket.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1156,22 +1162,22 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Until this server listens, SO_REUSEADDR would let another one bind to its port.
-        # So this socket is without it during the load.
+        # As long as this socket does not listen, that is, during the load, SO_REUSEADDR
+        # would let another server bind to the port. So it is only set where it is needed:
+        # if connections of an earlier server are left, in state TIME_WAIT.
         try:
             socketserver.TCPServer.server_bind(self)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
-            # If only closed connections of an earlier server are left on the port, in
-            # state TIME_WAIT, this succeeds.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             socketserver.TCPServer.server_bind(self)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
-        # Connections inherit this. They need it to be ignored by the next server's bind.
+        # Connections inherit SO_REUSEADDR. Without it, those that are left in TIME_WAIT
+        # would keep the next server from binding, even if that sets it.
         if os.name == "posix":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
@@ -1186,8 +1192,8 @@ class Server(http.server.ThreadingHTTPServer):
         while not self.is_stopped():
             try:
                 self.run_round()
-            except Exception as error:  # MemoryError, for instance, can come anywhere
-                self.evict_longest_waiting()  # which frees memory, if that has run out
+            except Exception as error:  # MemoryError, for instance, can occur anywhere
+                self.evict_longest_waiting()  # frees memory, in case it has run out
                 self.log(f"fault in the loop: {error!r}")
 
     def is_stopped(self) -> bool:
@@ -1209,14 +1215,14 @@ class Server(http.server.ThreadingHTTPServer):
                 has_newcomer = True
                 continue
             if connection in self.handed_over:
-                # Its thread is giving it back: see shutdown_request. The event comes
-                # again in the next round, after take_back.
+                # Its thread is giving it back. The event comes again in the next round,
+                # after take_back.
                 continue
             self.try_to_receive(connection)
         if has_newcomer:
             # This comes last, as it may evict a client that has an event in this round.
             # Newcomers get a share of the time, so that nobody has to wait long.
-            for _ in range(1 + len(events) // EVENTS_A_NEWCOMER):
+            for _ in range(1 + len(events) // EVENTS_PER_NEWCOMER):
                 if not self.accept():
                     break
         self.was_busy = bool(events)
@@ -1228,7 +1234,7 @@ class Server(http.server.ThreadingHTTPServer):
     def wait(self) -> list:
         """Return events of the selector; wait up to TICK_SECONDS if there are none."""
         if os.name == "nt" and not self.selector.get_map():
-            time.sleep(TICK_SECONDS)  # on Windows, select refuses to wait for nothing
+            time.sleep(TICK_SECONDS)  # on Windows, select fails when given no sockets
             return []
         events = self.selector.select(0)
         if events:
@@ -1276,7 +1282,7 @@ class Server(http.server.ThreadingHTTPServer):
         except StopIteration:
             self.reload = None
         end = time.monotonic()
-        self.next_step = end + (end - start)  # requests get as long as the step took
+        self.next_step = end + (end - start)  # requests get as much time as the step took
 
     # Connections
 
@@ -1386,7 +1392,7 @@ class Server(http.server.ThreadingHTTPServer):
     # Requests
 
     def try_to_receive(self, connection: Connection) -> None:
-        """Do what `receive` does. If it fails, log that and close the connection."""
+        """Call `receive`; if it fails, log that and close the connection."""
         try:
             self.receive(connection)
         except Exception:
@@ -1430,8 +1436,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
         elif earlier or connection.received:
             self.keep(connection)
-        else:  # nothing was left over before or is now, so it is in `idle`, and stays
-            connection.waiting_since = self.now  # like `keep`, but faster
+        else:
+            # Nothing was left over before, and nothing is now. So it is in `idle`, and
+            # this does what `keep` would do, but faster.
+            connection.waiting_since = self.now
             self.idle.move_to_end(connection)
 
     def answer_requests(self, connection: Connection, get: Callable) -> None:
@@ -1538,7 +1546,7 @@ class Server(http.server.ThreadingHTTPServer):
 
         `head` is the head of its request, or the beginning of it.
         """
-        self.answer_count += 1  # one may be lost if two threads do this at the same time
+        self.answer_count += 1  # one may be lost if two threads do this at once
         if isinstance(body, list):
             size = sum(map(len, body))
         else:
@@ -1554,12 +1562,12 @@ class Server(http.server.ThreadingHTTPServer):
             size = 0
         if connection.must_close:
             # The client may still be sending: more requests during a long answer, or a
-            # body. (The statuses 200 and 404 are only for requests without one.)
+            # body. (A request with a body never gets a 200 or 404: see judge_fields.)
             may_have_body = status not in (200, 404)
             connection.must_linger = may_have_body or size > PIECE_BYTES
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, size)
-        if size <= JOINED_BYTES:  # then the body is of type bytes
+        if size <= JOINED_BYTES:  # then the body is of type bytes: see Sorted, lines
             connection.unsent.append(answer + body)
         elif isinstance(body, list):
             connection.unsent += [answer, *body]
@@ -1630,7 +1638,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Have a connection closed because of the current exception; log a fault."""
+        """Have a connection closed; log the current exception if it is a fault."""
         request.must_close = True
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
@@ -1648,10 +1656,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.log(f"{self.data.name}: changed in place; send SIGHUP to reload it")
 
     def shutdown_request(self, request: Connection) -> None:
-        """Close a connection or give it back to the loop: a thread's last step.
-
-        The loop ignores its events until `take_back` finds it in `returned`.
-        """
+        """Close a connection or give it back to the loop: a thread's last step."""
         request.waiting_since = NEVER
         if not request.must_close:
             try:
@@ -1708,32 +1713,32 @@ class Signals:
     def __init__(self) -> None:
         self.stop = False                # SIGTERM or Ctrl-C
         self.hangup = False              # SIGHUP, which asks for a reload
-        self.ends_with_terminal = False
-        self.terminal_seen = 0.0         # the time.monotonic() when it was last there
+        self.may_hang_up = False         # whether a SIGHUP may come from the terminal
+        self.terminal_seen = 0.0         # time.monotonic() when there last was a terminal
 
     def catch_hangups(self) -> None:
         """Catch SIGHUP from now on."""
         if hasattr(signal, "SIGHUP"):  # Windows lacks it
             is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            self.ends_with_terminal = has_terminal() and not is_nohup
+            self.may_hang_up = has_terminal() and not is_nohup
             self.terminal_seen = time.monotonic()
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal has been gone for HANGUP_SECONDS without a SIGHUP.
+        """Notice when the terminal is gone, but has not sent a SIGHUP.
 
-        For example, a shell ends and sends none to a server in the background. A SIGHUP
-        that somebody sends an hour later asks for a reload.
+        When a shell ends, it may leave a server in the background without one. From then
+        on, every SIGHUP asks for a reload.
         """
-        if not self.ends_with_terminal:
+        if not self.may_hang_up:
             return
         if has_terminal():
             self.terminal_seen = now
         elif now > self.terminal_seen + HANGUP_SECONDS:
-            self.ends_with_terminal = False
+            self.may_hang_up = False
 
     def on_hangup(self, *_) -> None:
-        if self.ends_with_terminal and not has_terminal():
+        if self.may_hang_up and not has_terminal():
             os.kill(os.getpid(), signal.SIGTERM)  # which ends a load as well
         else:
             self.hangup = True
@@ -1745,8 +1750,7 @@ class Signals:
 
 
 def has_sent_more(connection: Connection) -> bool:
-    """Return whether a client has sent another request, or more than what was received.
-    """
+    """Return whether a client has sent more than the request that is being answered."""
     if b"\r\n\r\n" in connection.received:
         return True
     connection.socket.setblocking(False)  # Handlers set timeouts
@@ -1776,7 +1780,7 @@ def processor_count() -> int:
 # serve
 
 class CannotServe(Exception):
-    """The server cannot be started; the text says why, in one or more lines."""
+    """The server cannot be started; the message says why, in one or more lines."""
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -1927,15 +1931,15 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server does not answer, or not as kv would; the text says why."""
+    """A server did not answer, or not as kv would; the message says why."""
 
 
 class BadAnswer(AskError):
-    """A server answers with an error, or with too much data."""
+    """A server answered with an error, or with too much data."""
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Has answers of any status returned: none is raised, and no redirect followed."""
+    """Returns answers of any status: it raises no errors and follows no redirects."""
 
     def http_response(self, request, response):
         return response
@@ -1969,8 +1973,8 @@ def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
 def find(names: List[str], url: str, timeout: float) -> Iterator[Optional[bytes]]:
     """Yield the value of each key, or None if the server does not have it.
 
-    Nothing is asked before the first value is consumed. KEYS_TOGETHER keys are asked for
-    in one request, and if the server refuses that, one by one.
+    No request is sent before the first value is consumed. KEYS_TOGETHER keys are asked
+    for in one request, and if the server refuses that, one by one.
     """
     for start in range(0, len(names), KEYS_TOGETHER):
         together = names[start:start + KEYS_TOGETHER]
@@ -2015,7 +2019,7 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
 
     Raises ValueError for a URL or a timeout that cannot be used; KeyError if the answer
     is that the key is not found; BadAnswer if it is another error, or longer than
-    `max_bytes`; and AskError if there is none, or if it is not one of kv's.
+    `max_bytes`; and AskError if there is no answer, or if it is not one of kv's.
     """
     check_url(url)
     check_timeout(timeout)
