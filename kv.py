@@ -728,16 +728,18 @@ TOKEN_RE = re.compile(TOKEN)
 VERSION_RE = re.compile(rb"HTTP/[0-9]\.[0-9]")                # RFC 9112 section 2.3
 FIELD_RE = re.compile(                                        # RFC 9112 section 5
     rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
-TARGET_RE = re.compile(                                       # RFC 3986 appendix A
-    rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]|%[0-9A-Fa-f]{2})+")
+TARGET_RE = re.compile(                                       # RFC 3986 appendix A, but
+    rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]"                 # browsers send [ and ] in
+    rb"|%[0-9A-Fa-f]{2})+")                                   # queries as they are
 HOST = (                                                      # RFC 3986 section 3.2.2
     rb"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]"                # an IPv6 address, roughly,
-    rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"      # or a name without a comma,
-    rb"(?::[0-9]{0,5})?")                                     # and an optional port
+    rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"      # or a name (without commas,
+    rb"(?::[0-9]{0,5})?")                                     # as in a list), and a port
 HOST_RE = re.compile(HOST)
 ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.*)?")
 CODING_RE = re.compile(                                       # RFC 9112 section 7
-    TOKEN + rb"(?:[\t ]*;[\t ]*" + TOKEN + rb"[\t ]*=[\t ]*" + TOKEN + rb")*")
+    TOKEN + rb"(?:[\t ]*;[\t ]*" + TOKEN + rb"[\t ]*=[\t ]*(?:" + TOKEN
+    + rb'|"[^"\\]*"))*')
 BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")
 # What a request line may look like before it is complete, such as "GET /x HT"
 LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
@@ -749,9 +751,14 @@ def refusal(status: int, text: str) -> Verdict:
     return status, f"{text}\n".encode(), True
 
 
+# Longer beginnings than these may be too long. An empty line may precede them.
+LENGTHS_TO_JUDGE = (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2)
+
 BARE_LINE_END = refusal(400, "bare CR or LF (RFC 9112 section 2.2)")
 MALFORMED_LINE = refusal(
     400, "malformed request line: not METHOD TARGET HTTP/1.1 CRLF (RFC 9112 section 3)")
+WRONG_FORM = refusal(
+    400, "the request target must be /KEY or http://HOST/KEY (RFC 9112 section 3.2)")
 OTHER_VERSION = refusal(
     505, "unsupported HTTP version: use 1.1 (RFC 9112 section 2.3)")
 
@@ -784,7 +791,7 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     # client is told, whatever else is wrong.
     if not TARGET_RE.fullmatch(target):
         return b"", MALFORMED_LINE
-    if status == 505:  # another version of HTTP may have other forms of a target
+    if verdict in (MALFORMED_LINE, OTHER_VERSION):  # which may have other targets
         return b"", verdict
     # The forms that RFC 9112 section 3.2 allows
     if target.startswith(b"/"):
@@ -794,7 +801,7 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
         return absolute[1] or b"", verdict
     if method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"):
         return b"", verdict  # these two have no path
-    return b"", MALFORMED_LINE
+    return b"", WRONG_FORM
 
 
 def judge_length(head: bytes) -> Optional[Verdict]:
@@ -899,7 +906,8 @@ def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
 
 
 def judge_beginning(beginning: bytes) -> Optional[Verdict]:
-    """Return a refusal if a head that begins like this cannot become valid, else None.
+    """Return a refusal if the request line, a line end or the length of a head that
+    begins like this is not valid; else None.
 
     This lets bad requests be refused before they are complete.
     """
@@ -913,13 +921,12 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
         if LINE_BEGINNING_RE.fullmatch(line):
             return None
         return MALFORMED_LINE
-    # The line is complete, so it is judged, with a made-up field. MALFORMED_LINE and
-    # OTHER_VERSION do not depend on fields. Any other verdict has to wait for the real
-    # ones.
+    # The line is complete, so it is judged, with a made-up field. These three verdicts do
+    # not depend on fields. Any other has to wait for the real ones.
     path, verdict = judge(line + b"\r\nHost: kv")
     if verdict[0] == 200:
         _, verdict = judge_path(path)
-    if verdict in (MALFORMED_LINE, OTHER_VERSION):
+    if verdict in (MALFORMED_LINE, WRONG_FORM, OTHER_VERSION):
         return verdict
     if BARE_LINE_END_RE.search(beginning):
         return BARE_LINE_END
@@ -999,9 +1006,9 @@ class Handler(socketserver.BaseRequestHandler):
         """Send what is unsent, and answer the requests that follow."""
         connection = self.request
         self.send_unsent()
-        # A turn of this loop answers as many requests as TURN_BYTES allows.
+        # Each answer is sent at once: the next one may have to wait for the disk.
         while not connection.must_close and b"\r\n\r\n" in connection.received:
-            self.server.answer_requests(connection, self.get)
+            self.server.answer_requests(connection, self.get, max_bytes=1)
             self.send_unsent()
         # The loop judges a beginning only when more of it comes. So what is left is
         # judged here.
@@ -1413,17 +1420,20 @@ class Server(http.server.ThreadingHTTPServer):
         earlier = connection.received  # the beginning of a head
         connection.received = earlier + data
         try:
-            self.answer_requests(connection, self.data.pairs.get)
+            self.answer_requests(connection, self.data.pairs.get, TURN_BYTES)
         except BlockingIOError:
             # A thread waits for the disk, after it has sent the answers made so far.
             self.hand_over(connection, NEVER)
             return
         if connection.received and not connection.must_close:
-            # A beginning is judged when it is new, when a line has ended, and when it
-            # may be too long. To judge it after each byte would take quadratic time.
-            has_line_end = b"\r" in data or b"\n" in data
-            is_long = len(connection.received) > LINE_BYTES
-            if not earlier or has_line_end or is_long:
+            # A beginning is judged when it is new, when a line may have ended, and when it
+            # has passed a limit. To judge it after each byte would take quadratic time.
+            recent = earlier[-1:] + data
+            has_line_end = b"\r" in recent or b"\n" in recent
+            has_passed_limit = any(
+                len(earlier) <= limit < len(connection.received)
+                for limit in LENGTHS_TO_JUDGE)
+            if not earlier or has_line_end or has_passed_limit:
                 self.refuse_beginning(connection)
         if not connection.unsent:  # no head is complete yet
             if connection not in self.beginnings:  # HEAD_SECONDS are from its first byte
@@ -1442,15 +1452,16 @@ class Server(http.server.ThreadingHTTPServer):
             connection.waiting_since = self.now
             self.idle.move_to_end(connection)
 
-    def answer_requests(self, connection: Connection, get: Callable) -> None:
-        """Answer all complete requests in what a connection has received.
+    def answer_requests(
+            self, connection: Connection, get: Callable, max_bytes: int) -> None:
+        """Answer complete requests in what a connection has received.
 
         `get` looks up a key like dict.get. If it raises BlockingIOError, that request and
-        those after it remain in `received`. Handlers call this, too.
+        those after it remain in `received`, as do those after `max_bytes` of answers.
+        Handlers call this, too.
         """
         size = 0
-        # `send` leaves more than TURN_BYTES to a thread, which answers the rest as well.
-        while size <= TURN_BYTES and not connection.must_close:
+        while size < max_bytes and not connection.must_close:
             head, head_end, rest = connection.received.partition(b"\r\n\r\n")
             if not head_end:
                 return
@@ -1501,13 +1512,19 @@ class Server(http.server.ThreadingHTTPServer):
 
     def lines(self, keys: List[bytes], get: Callable) -> Body:
         """Return the lines of those keys that are in the data, in the same order."""
-        pairs_before = self.data.pairs
+        pairs = self.data.pairs
         parts = []
+        copied = 0
         for key in dict.fromkeys(keys):  # a repeated key once
             value = get(key)
-            if value is not None:
-                parts += [key + b" ", value, b"\n"]
-        if self.data.pairs is not pairs_before:  # a reload, while a thread was here
+            if value is None:
+                continue
+            parts += [key + b" ", value, b"\n"]
+            if isinstance(pairs, Sorted) and isinstance(value, bytes):
+                copied += len(value)
+                if copied > TURN_BYTES:
+                    raise BlockingIOError("long values are left to a thread")
+        if self.data.pairs is not pairs:  # a reload, while a thread was here
             return self.lines(keys, get)
         # If these are long, they are not joined: that would copy the values.
         longest = max(map(len, parts), default=0)
@@ -1791,12 +1808,14 @@ def serve(options: argparse.Namespace) -> int:
     try:
         server = start_server(options, log)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more changes nothing
         log("stopped")
         return 0
     except CannotServe as error:
         complain(str(error))
         return 1
     server.serve_forever()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more changes nothing
     log("stopped")
     return 0
 
@@ -1935,7 +1954,7 @@ class AskError(OSError):
 
 
 class BadAnswer(AskError):
-    """A server answered with an error, or with too much data."""
+    """A server answered, but not with what was asked for; the message says how."""
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
@@ -1974,7 +1993,7 @@ def find(names: List[str], url: str, timeout: float) -> Iterator[Optional[bytes]
     """Yield the value of each key, or None if the server does not have it.
 
     No request is sent before the first value is consumed. KEYS_TOGETHER keys are asked
-    for in one request, and if the server refuses that, one by one.
+    for in one request, and if the answer is not one to that, one by one.
     """
     for start in range(0, len(names), KEYS_TOGETHER):
         together = names[start:start + KEYS_TOGETHER]
@@ -2018,55 +2037,61 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
     """Return the body of the answer of the server at `url` to GET /path.
 
     Raises ValueError for a URL or a timeout that cannot be used; KeyError if the answer
-    is that the key is not found; BadAnswer if it is another error, or longer than
-    `max_bytes`; and AskError if there is no answer, or if it is not one of kv's.
+    is that the key is not found; BadAnswer if it is not one of kv's, another error, or
+    longer than `max_bytes`; and AskError if there is no answer.
     """
     check_url(url)
     check_timeout(timeout)
-    proxies = {}
     place = url
     proxy = proxy_for(url)
     if proxy:
-        proxies[urllib.parse.urlsplit(url).scheme] = proxy
         shown = escape(proxy.rpartition("@")[2])  # without the password
         place = f"{url} through the proxy {shown}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), AnyStatus)
+    failure = AskError
     try:
+        opener = opener_for(urllib.parse.urlsplit(url).scheme, proxy)
         with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
-            if answer.status != 200:
-                body = answer.read(PIECE_BYTES)
-                if answer.status == 404 and body == KEY_NOT_FOUND:
-                    raise KeyError(path)
-                said = f"{answer.status} {answer.reason}"
-                line = body.decode("utf-8", "replace").partition("\n")[0]
-                if line:
-                    said += f": {line}"
-                raise BadAnswer(f"{place} answered {shorten(said)}")
-            size = body_size(answer)
-            if size > max_bytes:
-                raise BadAnswer(
-                    f"{place} answered with {size} bytes, more than {max_bytes}")
-            return answer.read()
-    except BadAnswer:
-        raise
+            failure = BadAnswer
+            if answer.status == 200:
+                return body_of(answer, max_bytes)
+            body = body_of_error(answer)
     except (OSError, http.client.HTTPException, ValueError, MemoryError) as error:
         reason = ask_failure(error, timeout, proxy)
-        raise AskError(f"cannot ask {place}: {reason}") from None
+        raise failure(f"cannot ask {place}: {reason}") from None
+    if answer.status == 404 and body == KEY_NOT_FOUND:
+        raise KeyError(path)
+    said = f"{answer.status} {answer.reason}"
+    line = body.decode("utf-8", "replace").partition("\n")[0]
+    if line:
+        said += f": {line}"
+    raise BadAnswer(f"{place} answered {shorten(said)}")
+
+
+@functools.lru_cache(maxsize=100)
+def opener_for(scheme: str, proxy: Optional[str]) -> urllib.request.OpenerDirector:
+    """Return what opens URLs. It is cached, as making one for TLS can take 20 ms."""
+    proxies = {}
+    if proxy:
+        proxies[scheme] = proxy
+    return urllib.request.build_opener(urllib.request.ProxyHandler(proxies), AnyStatus)
 
 
 def version_4_uuid(key: Key) -> str:
     """Return a key as in data files. Raises ValueError unless it is a version 4 UUID."""
+    shown = escape(str(key)) or "''"
     try:
         identifier = uuid.UUID(str(key))
     except ValueError:
-        raise ValueError(f"{escape(str(key))}: not a UUID") from None
+        raise ValueError(f"{shown}: not a UUID") from None
     if identifier.version != 4:
-        raise ValueError(f"{escape(str(key))}: a UUID, but not of version 4")
+        raise ValueError(f"{shown}: a UUID, but not of version 4")
     return str(identifier)
 
 
 def check_url(url: str) -> None:
     """Raise ValueError if `url` is not the URL of a server."""
+    if not url:
+        raise ValueError("the URL is empty")
     if " " in url or not url.isprintable():
         raise ValueError(f"{escape(url)}: spaces and control characters are not allowed")
     try:
@@ -2119,16 +2144,32 @@ def is_loopback(host: str) -> bool:
         return False  # it is a name
 
 
-def body_size(answer: http.client.HTTPResponse) -> int:
-    """Return the size of a body, in bytes. Raises OSError if the answer is not kv's."""
-    if answer.getheader("Content-Encoding") or answer.getheader("Transfer-Encoding"):
+def body_of(answer: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    """Return the body of an answer. Raises OSError and HTTPException if this is not an
+    answer of kv, or longer than `max_bytes`; and MemoryError.
+    """
+    fields = answer.headers
+    if fields.defects:
+        raise OSError("malformed header fields")
+    if "Content-Encoding" in fields or "Transfer-Encoding" in fields:
         raise OSError("unexpected Content-Encoding or Transfer-Encoding")
-    if answer.headers.get_content_type() != "text/plain":
+    types = fields.get_all("Content-Type", [])
+    if len(types) != 1 or not types[0].startswith("text/plain"):
         raise OSError("unexpected Content-Type; is this another kind of server?")
-    lengths = answer.headers.get_all("Content-Length", [])
+    lengths = fields.get_all("Content-Length", [])
     if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
         raise OSError("missing, repeated or malformed Content-Length")
-    return int(lengths[0])
+    if int(lengths[0]) > max_bytes:
+        raise OSError(f"the answer has {lengths[0]} bytes, more than {max_bytes}")
+    return answer.read()
+
+
+def body_of_error(answer: http.client.HTTPResponse) -> bytes:
+    """Return the beginning of the body of an error, or b"" if it cannot be read."""
+    try:
+        return answer.read(PIECE_BYTES)
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 def ask_failure(error: Exception, timeout: float, proxy: Optional[str]) -> str:
@@ -2217,6 +2258,8 @@ def keys_from_standard_input() -> Iterator[List[str]]:
         # At the end of the input, a newline completes the last line.
         *lines, rest = (rest + (data or b"\n")).split(b"\n")
         yield [line.decode("utf-8", "replace").strip() for line in lines if line.strip()]
+        if len(rest) > INPUT_BYTES:
+            raise ValueError("standard input: the line is too long for a key")
 
 
 def run_get(options: argparse.Namespace) -> int:
@@ -2338,9 +2381,10 @@ def check_serve_options(options: argparse.Namespace) -> None:
 def main() -> int:
     """Run the command that `sys.argv` gives. Returns the exit code."""
     parser = make_parser()
-    first = "".join(sys.argv[1:2])
-    if first not in ("serve", "get") and os.path.exists(first):
-        parser.error(f"did you mean `kv.py serve {first}`?")
+    if "serve" not in sys.argv and "get" not in sys.argv:
+        for argument in sys.argv[1:]:
+            if os.path.exists(argument):
+                parser.error(f"did you mean `kv.py serve {argument}`?")
     options, unknown = parser.parse_known_args()
     if unknown:  # reported by the parser of the command, which knows its own --help
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")

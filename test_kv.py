@@ -915,6 +915,7 @@ class Judge(WithExample):
         *rows(405, "Content-Length: 00", "Content-Length: 99999999999999999999999",
               "Transfer-Encoding: gzip , Chunked", "Transfer-Encoding: , chunked",
               "Transfer-Encoding: gzip;a=b ; c = d, chunked",
+              "Transfer-Encoding: gzip;a=\"b c\", chunked",
               "Expect: 100-continue\r\nContent-Length: 5", form=POST),
         *rows(204, head("OPTIONS", "/", "Content-Length: 5") + b"hello"),
         *rows(501, head("BREW", PATH, "Content-Length: 5") + b"hello"),
@@ -924,7 +925,7 @@ class Judge(WithExample):
               " 5\r\nTransfer-Encoding: chunked", form=POST % b"Content-Length:%b"),
         *rows(400, "chunked\r\nContent-Length: 5", "chunked, gzip",
               "chunked\r\nTransfer-Encoding: chunked", "xchunked", "\x0bchunked",
-              "chunked;x", form=POST % b"Transfer-Encoding: %b"),
+              "chunked;x", "gzip;a=\"b, chunked", form=POST % b"Transfer-Encoding: %b"),
         # expectations
         *rows(417, "Expect: 200-ok", "Expect:", "Expect: 100-continue, more",
               "Expect: 100-continue\r\nExpect: more", form=FIELD),
@@ -1025,6 +1026,12 @@ class Judge(WithExample):
                 got, fields, _ = client.answer()
                 self.assertEqual((got, fields["connection"]), (status, "close"))
                 self.assertEqual(client.rest(), b"")
+        for beginning in (b"GET / HTTP/1.1\r", b"GET / HTTP/1.1\r\nHost: kv\r"):
+            client = self.server.connect()
+            client.send(beginning)
+            self.server.ask(KEY)  # when this is answered, the beginning has come
+            client.send(b"X")
+            self.assertEqual(client.answer()[0], 400)
 
     def test_the_same_however_the_bytes_come(self):
         """Cut at each byte or eighth, and byte by byte; long ones at their limits."""
@@ -1057,6 +1064,22 @@ class Judge(WithExample):
                          [r.find(b"\r", 2) + 1 for r in some]):
                 ways = [[r[:cut], r[cut:]] for r, cut in zip(some, cuts)]
                 self.assertEqual(self.all_answers(ways, pause=0.1), whole)
+
+    TEXTS = (  # a request, and the text that refuses it
+        (ask_for(ABSENT), "key not found"), (ask_for(b"x"), "not a version 4 UUID"),
+        (POST % b"X: y", "method not allowed: use GET or HEAD"),
+        (FIELD % b"Expect: x", "unsupported Expect header (RFC 9110 section 10.1.1)"),
+        (TARGET % b"*", "the request target must be /KEY or http://HOST/KEY"
+                        " (RFC 9112 section 3.2)"),
+        (b"EHLO x\r\n", "malformed request line: not METHOD TARGET HTTP/1.1 CRLF"
+                        " (RFC 9112 section 3)"),
+        (head("GET", PATH, host=""), "missing Host header (RFC 9112 section 3.2)"),
+        (FIELD % b"X: a\rb", "bare CR or LF (RFC 9112 section 2.2)"))
+
+    def test_texts(self):
+        for request, text in self.TEXTS:
+            self.assertEqual(self.answers(request).split(b"\r\n\r\n")[1],
+                             text.encode() + b"\n")
 
     def test_a_head_request_has_no_body(self):
         for _, request in self.KEPT + self.CLOSED:
@@ -1133,7 +1156,8 @@ class Judge(WithExample):
     ORACLE_HOST = (rb"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]"
                    rb"|(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)(?::\d{0,5})?")
     ORACLE_PATH = rb"(?:(?i:http)://" + ORACLE_HOST + rb")?((?:/[^?]*)?)(?:\?.*)?"
-    ORACLE_PARAMETERS = rb"(?:\s*;\s*" + TCHAR + rb"+\s*=\s*" + TCHAR + rb"+)*"
+    ORACLE_PARAMETERS = (rb"(?:\s*;\s*" + TCHAR + rb"+\s*=\s*(?:" + TCHAR
+                         + rb'+|"[^",\\]*"))*')
     ORACLE_CODINGS = (rb"(?:(?!chunked\s*,)(?:" + TCHAR + rb"+" + ORACLE_PARAMETERS
                       + rb")?\s*,\s*)*chunked[\s,]*")
     OTHERS = dict.fromkeys(b"POST PUT DELETE TRACE PATCH CONNECT".split(), 405)
@@ -1275,9 +1299,17 @@ def server_here(test):
         ["serve", EXAMPLE, "--port", "0", "--max-connections", "9"])
     log = kv.Log(False)
     server = kv.Server(options, kv.Data(options, log), log, kv.Signals())
+    server.service_actions()
     test.addCleanup(server.selector.close)
     test.addCleanup(server.socket.close)
     return server
+
+
+def connection_here(test):
+    """Return a kv.Connection, and the client's socket at its other end."""
+    ours, client = (test.enter(one) for one in socket.socketpair())
+    client.settimeout(PATIENCE)
+    return kv.Connection(ours, "a client"), client
 
 
 class Loop(WithExample):
@@ -1315,6 +1347,33 @@ class Loop(WithExample):
                         option = getattr(socket, name)
                         value = accepted.getsockopt(socket.IPPROTO_TCP, option)
                         self.assertTrue(0 < value <= kv.UNSENT_BYTES, name)
+
+    def test_a_beginning_is_not_judged_at_each_byte(self):
+        server = server_here(self)
+        connection, client = connection_here(self)
+        with unittest.mock.patch("kv.judge_beginning", return_value=None) as judged:
+            client.send(GET_KEY[:-2] + b"X: ")
+            server.receive(connection)
+            for _ in range(kv.HEAD_BYTES):
+                client.send(b"x")
+                server.receive(connection)
+        self.assertLess(judged.call_count, 6)
+
+    def test_each_answer_of_a_thread_is_sent_at_once(self):
+        """The next one may have to wait for the disk."""
+        class Slow(dict):
+            def get(self, k):
+                return client.recv(1) + self[k]  # waits for the answer before this one
+
+        server = server_here(self)
+        server.data.pairs = Slow({KEY: VALUE, OTHER_KEY: OTHER_VALUE})
+        connection, client = connection_here(self)
+        connection.unsent.append(b"a")
+        connection.received = GET_KEY + ask_for(OTHER_KEY)
+        kv.Handler(connection, connection.address, server)
+        answers = client.recv(9999)
+        self.assertIn(b"a" + VALUE, answers)
+        self.assertTrue(answers.endswith(b"H" + OTHER_VALUE), answers)
 
     @ON_LINUX
     def test_clients_that_need_no_thread(self):
@@ -1729,7 +1788,6 @@ class Limits(Test):
 
     def test_accepting_pauses_without_memory(self):
         server = server_here(self)
-        server.service_actions()
         with unittest.mock.patch.object(server, "get_request", side_effect=MemoryError):
             self.assertFalse(server.accept())
         self.assertFalse(server.is_accepting)
@@ -1739,14 +1797,12 @@ class Limits(Test):
         server = server_here(self)
         clients = []
         for number in range(2):
-            pair = socket.socketpair()
-            clients.append([self.enter(one) for one in pair][0])
-            connection = kv.Connection(pair[1], "a client")
+            connection, client = connection_here(self)
             connection.waiting_since = number
             server.handed_over.add(connection)
+            clients.append(client)
         for client in clients:
             self.assertFalse(server.evict_longest_waiting())
-            client.settimeout(PATIENCE)
             self.assertEqual(client.recv(1), b"")
 
     @NEEDS_STRACE
@@ -2061,6 +2117,12 @@ class ReloadAndStop(Test):
             server, _ = self.loading(self.pipe_path())
             self.assertEqual(server.stop(how), 0)
             self.assertEqual(server.lines(), ["kv: stopped"])
+        for _ in range(3):
+            server, _ = self.loading(self.pipe_path())
+            while server.process.poll() is None:
+                server.send_signal(signal.SIGTERM)  # one more changes nothing
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(server.lines(), ["kv: stopped"])
         path = self.pipe_path()
         server, pipe = self.loading(path)
         server.send_signal(signal.SIGHUP)
@@ -2184,8 +2246,11 @@ class SeveralKeys(WithExample):
 
     @ON_LINUX
     def test_large_answers_are_not_joined(self):
-        """10 clients that ask for 15 MB each, of which one takes them."""
-        def is_not_joined(*options):
+        """10 clients that ask for megabytes each, of which one takes them."""
+        def is_not_joined(sizes, *options):
+            content = b"".join(key(n) + b" " + b"%d" % (n % 10) * size + b"\n"
+                               for n, size in enumerate(sizes))
+            path = b",".join(map(key, range(len(sizes))))
             server = self.serve(content, *options)
             before = server.memory()
             clients = [server.connect(receive_buffer=4096) for _ in range(9)]
@@ -2194,15 +2259,15 @@ class SeveralKeys(WithExample):
                 client.send(ask_for(path) + ask_for(key(3)))
             until(lambda: server.threads() == 11)
             if sys.implementation.name == "cpython":
-                self.assertLess(server.memory() - before, 10000)
+                self.assertLess(server.memory() - before, 20000)
             self.assertEqual(client.answer()[2], content)
             self.assertEqual(client.answer()[2], b"")
             until(lambda: server.threads() == 10)
 
-        content = b"".join(key(n) + b" " + b"%d" % n * size + b"\n" for n, size
-                           in enumerate((5000000, 9, 5000000, 0, 5000000)))
-        path = b",".join(map(key, range(5)))
-        self.side_by_side(is_not_joined, [(), ("--sorted",)])
+        sizes = (5000000, 9, 5000000, 0, 5000000)
+        self.side_by_side(is_not_joined, (
+            (sizes,), (sizes, "--sorted"),
+            ([30000] * 3 + [0] + [30000] * 196, "--sorted")))
 
     def test_a_reload_in_the_middle_of_a_list(self):
         """All lines are of the same data."""
@@ -2247,22 +2312,21 @@ class SeveralKeys(WithExample):
         self.addCleanup(setattr, kv, "TOGETHER_BYTES", kv.TOGETHER_BYTES)
         kv.TOGETHER_BYTES = 1000
         names = [KEY.decode(), OTHER_KEY.decode()]
-        for status, body in self.ALONE:
-            answers = [(status, body), (200, VALUE), (200, OTHER_VALUE)]
-            with self.subTest(status=status, body=body), answering([
-                    b"HTTP/1.0 %d X\r\nContent-Length: %d\r\n\r\n%b" % (s, len(b), b)
-                    for s, b in answers]) as (url, asked):
+        answers = [framed(status, body) for status, body in self.ALONE]
+        answers += [framed(200, b"cut off")[:-1], Get.OK + b"X: no length\r\n\r\n"]
+        for first in answers:
+            alone = [framed(200, VALUE), framed(200, OTHER_VALUE)]
+            with self.subTest(first), answering([first] + alone) as (url, asked):
                 found = kv.get_many(names, url)
                 self.assertEqual(found, dict(zip(names, (VALUE, OTHER_VALUE))))
                 self.assertEqual(asked, [",".join(names)] + names)
 
     def test_a_server_that_fails_in_the_middle(self):
         """The values that came before that are printed."""
-        answers = [b"HTTP/1.0 500 X\r\n\r\n", b"HTTP/1.0 500 Y\r\n\r\n"]
-        answers.insert(1, b"HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\n1234")
-        with answering(answers) as (url, _):
+        with answering([framed(500, b""), framed(200, OTHER_VALUE),
+                        framed(500, b"why")]) as (url, _):
             got = run("get", "--url", url, OTHER_KEY, "nonsense", KEY, ABSENT)
-        said = "kv: nonsense: not a UUID\nkv: %s answered 500 Y\n" % url
+        said = "kv: nonsense: not a UUID\nkv: %s answered 500 X: why\n" % url
         self.assertEqual(got, (2, OTHER_VALUE + b"\n", said.encode()))
 
 
@@ -2439,6 +2503,12 @@ def saying(text):
     return r"\A%s\Z" % "".join("kv: %s\n" % like(line) for line in text.splitlines())
 
 
+def framed(status, body):
+    """Return an answer with a body, as `get` expects it."""
+    return b"HTTP/1.0 %d X\r\n%bContent-Length: %d\r\n\r\n%b" % (
+        status, b"Content-Type: text/plain\r\n", len(body), body)
+
+
 @contextlib.contextmanager
 def answering(answers):
     """Yield the URL of a server that gives one of `answers` after the other, whatever it
@@ -2483,7 +2553,9 @@ class Get(Commands):
         ("-", 0, O, "", {"stdin": "\n\r\n$OTHER\r\n\n"}),
         ("-", 2, V, "*: not a UUID", {"stdin": "\xff\xfe\n$KEY"}),
         ("$ABSENT", 1, b"", MISSING), ("$ABSENT $KEY $ABSENT", 1, V, MISSING * 2),
-        ("nonsense $KEY", 2, V, NONSENSE), ("", 2, b"", ": not a UUID"),
+        ("nonsense $KEY", 2, V, NONSENSE), ("", 2, b"", "'': not a UUID"),
+        ("-", 2, b"", "standard input: the line is too long for a key",
+         {"stdin": "x" * 100000}),
         ("nonsense $ABSENT", 2, b"", NONSENSE + MISSING),
         ("$ABSENT nonsense", 2, b"", MISSING + NONSENSE),
         (VERSION_1, 2, b"", VERSION_1 + ": a UUID, but not of version 4"),
@@ -2526,8 +2598,9 @@ class Get(Commands):
         ("get -", 2, b"", "standard input: Bad file descriptor", {"sh": "<&-"}),
         ("serve - --port 0", 1, b"", "standard input: closed", {"sh": "<&-"}))
 
-    OK = b"HTTP/1.1 200 OK\r\n"
+    OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
     TWO = OK + b"Content-Length: 2\r\n"
+    TYPE = "cannot ask URL: unexpected Content-Type; is this another kind of server?"
     LENGTH = "cannot ask URL: missing, repeated or malformed Content-Length"
     CODING = "cannot ask URL: unexpected Content-Encoding or Transfer-Encoding"
     MOVED = b"HTTP/1.1 %b\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n"
@@ -2548,8 +2621,12 @@ class Get(Commands):
         (b"HTTP/1.1 204 None\r\n\r\n", "URL answered 204 None"),
         (b"HTTP/1.1 206 Part\r\nContent-Length: 2\r\n\r\nab",
          "URL answered 206 Part: ab"),
-        (TWO + b"Content-Type: text/html\r\n\r\nab",
-         "cannot ask URL: unexpected Content-Type; is this another kind of server?"),
+        (TWO + b"Content-Type: text/html\r\n\r\nab", TYPE),
+        (TWO.replace(b"text/plain", b"text/html") + b"\r\nab", TYPE),
+        (TWO.replace(b"text/plain", b"html") + b"\r\nab", TYPE),
+        (TWO.replace(b"Content-Type", b"X") + b"\r\nab", TYPE),
+        (TWO + b"garbage\r\nContent-Length: 3\r\n\r\nabc",
+         "cannot ask URL: malformed header fields"),
         (OK + b"\r\nendless", LENGTH), (TWO + b"Content-Length: 2\r\n\r\nab", LENGTH),
         (TWO + b"Content-Length: 3\r\n\r\nabc", LENGTH),
         (OK + b"Content-Length: 2, 2\r\n\r\nab", LENGTH),
@@ -2557,15 +2634,18 @@ class Get(Commands):
         (OK + b"Content-Length: 9\r\n\r\nshort",
          "cannot ask URL: the answer ended 4 bytes early"),
         (OK + b"Content-Length: 10000000000000\r\n\r\n" + b"x" * 100000,
-         "URL answered with 10000000000000 bytes, more than 2147483647"),
+         "cannot ask URL: the answer has 10000000000000 bytes, more than 2147483647"),
         (TWO + b"Content-Encoding: gzip\r\n\r\nab", CODING),
+        (TWO + b"Content-Encoding:\r\n\r\nab", CODING),
         (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", CODING),
+        (b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\nx", "URL answered 500 X"),
         (OK + b"X: y\r\n" * 200 + b"\r\n", "cannot ask URL: *"),
         (OK + b"X: " + b"y" * 70000 + b"\r\n\r\n", "cannot ask URL: *"))
 
     QUERY = "a query or a fragment is not allowed"
     UNUSABLE = (  # options, and what is said of them
         ("--url localhost:80", "localhost:80: add http:// before it"),
+        ("--url ", "the URL is empty"),
         ("--url ftp://kv", "ftp://kv: the scheme must be http or https"),
         ("--url file:///x", "file:///x: the scheme must be http or https"),
         ("--url http://kv#x", "http://kv#x: " + QUERY),
@@ -2656,6 +2736,7 @@ class CommandLine(Commands):
         ("", "the following arguments are required: serve | get"),
         ("fetch", "serve | get: invalid choice: 'fetch' (choose from *)"),
         ("$FILE", "did you mean `kv.py serve $FILE`?"),
+        ("--port 1 $FILE", "did you mean `kv.py serve $FILE`?"),
         ("--verbose serve $FILE", UNKNOWN + "--verbose"),
         ("serve", "the following arguments are required: FILE"),
         ("serve $FILE b", UNKNOWN + "b"), ("serve $FILE --prot 1", UNKNOWN + "--prot 1"),
