@@ -1803,21 +1803,31 @@ class CannotServe(Exception):
 def serve(options: argparse.Namespace) -> int:
     """Serve the pairs in a file until SIGTERM or Ctrl-C. Returns the exit code."""
     log = Log(options.verbose)
-    # Until the server catches it, SIGTERM raises KeyboardInterrupt as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, end_load)
     try:
         server = start_server(options, log)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more changes nothing
         log("stopped")
         return 0
     except CannotServe as error:
         complain(str(error))
         return 1
     server.serve_forever()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more changes nothing
+    block_sigterm()
     log("stopped")
     return 0
+
+
+def end_load(*_) -> None:
+    """Handle SIGTERM during the load as Python handles Ctrl-C."""
+    block_sigterm()
+    raise KeyboardInterrupt
+
+
+def block_sigterm() -> None:
+    """Have another SIGTERM change nothing, even while Python ends, without handlers."""
+    if hasattr(signal, "pthread_sigmask"):  # Windows lacks it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
 
 def start_server(options: argparse.Namespace, log: Log) -> Server:
