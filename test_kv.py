@@ -161,10 +161,12 @@ class Serving:
         words = words or command("serve", self.path, *options, "--port", "0")
         if limits:
             words[1:2] = ["-c", self.CHANGED % (HERE, limits)]
-        how = dict({"stdin": subprocess.DEVNULL, "env": environment()}, **how)
-        self.process = subprocess.Popen(
-            list(prefix) + words, stderr=subprocess.PIPE, **how)
+        how = dict({"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE,
+                    "env": environment()}, **how)
+        self.process = self.stack.enter_context(
+            subprocess.Popen(list(prefix) + words, **how))
         self.pid = self.process.pid
+        self.send_signal = self.process.send_signal
         self.log = b""
         self.reader = threading.Thread(target=self.read_log, daemon=True)
         self.reader.start()
@@ -174,9 +176,10 @@ class Serving:
             self.log += line
 
     def __enter__(self):
+        ready = re.compile(rb" s, on (\S+)\s")
         try:
-            until(lambda: b" s, on " in self.log or self.process.poll() is not None)
-            self.url = re.search(r" s, on (\S+)\n", self.log.decode()).group(1)
+            until(lambda: ready.search(self.log) or self.process.poll() is not None)
+            self.url = ready.search(self.log).group(1).decode()
             if not self.url.startswith("unix:"):
                 self.port = int(self.url.rpartition(":")[2])
         except BaseException:
@@ -188,16 +191,12 @@ class Serving:
         if self.process.poll() is None:
             self.stop(signal.SIGKILL)
         self.reader.join(PATIENCE)
-        self.process.stderr.close()
         self.stack.close()
         assert b"Traceback" not in self.log, self.log.decode()
 
     def lines(self):
         """Return the lines of the log without their time."""
         return re.sub(r"(?m)^[\dT:+-]+ ", "", self.log.decode()).splitlines()
-
-    def send_signal(self, number):
-        self.process.send_signal(number)
 
     def stop(self, how=signal.SIGTERM):
         """End the process; return its exit code. Then `log` is complete."""
@@ -373,18 +372,20 @@ class Lines(Test):
         (True, K + b" v\n" + key(10).upper() + b" w\n" + key(11) + b" x", (2, UPPER)),
         (True, key(10).upper() + b" v", (1, UPPER)),
         (True, key(2) + b" v\nbad\n" + K + b" w\n" + key(3) + b" x\n" + b"x" * 99,
-         (2, NO_KEY), (3, UNSORTED), (5, NO_KEY)))
+         (2, NO_KEY), (3, UNSORTED), (5, NO_KEY)),
+        (None, K + b" v\n" + b"\n" * 9000 + b"bad", (9002, NO_KEY)))
 
-    NO_FILE = "No such file or directory"
-    COMPRESSED = "%s data; decompress it first, as in: %s FILE | python kv.py serve -"
+    NO_FILE = " No such file or directory"
+    COMPRESSED = " %s data; decompress it first, as in: %s FILE | python kv.py serve -"
     REFUSED = (  # a file (bytes) or a path, and why it is refused
-        (b"", "contains no pairs"), (b"\n\n\n", "contains no pairs"),
+        (b"bad\n%b v\nbad" % K, "1: %s: b'bad'" % NO_KEY, "3: %s: b'bad'" % NO_KEY),
+        (b"", " contains no pairs"), (b"\n\n\n", " contains no pairs"),
         (gzip.compress(K + b" v\n"), COMPRESSED % ("gzip", "zcat")),
         (b"BZh91AY&SY" + b"\n" * 20, COMPRESSED % ("bzip2", "bzcat")),
         (b"\xfd7zXZ\0\0\4", COMPRESSED % ("xz", "xzcat")),
         (b"\x28\xb5\x2f\xfd\x04\x58", COMPRESSED % ("zstd", "zstdcat")),
         ("/no/such/file", NO_FILE), ("", NO_FILE), ("new\nline", NO_FILE),
-        (HERE, "Is a directory"), ("/dev/zero", "a device, not a file"))
+        (HERE, " Is a directory"), ("/dev/zero", " a device, not a file"))
     CUT_OFF = "the last line has no newline; was the file cut off?"
     WINDOWS = "all values end in \\r; does the file have Windows line endings?"
     MISTAKES = (  # a file that is served (@ is a second key), what the log says of it
@@ -393,41 +394,34 @@ class Lines(Test):
         (K + b" v\r\n\n@ w\r\n\n", WINDOWS))
 
     def test_every_value_arrives_as_it_is(self):
-        pairs = {key(n): value for n, value in enumerate(self.VALUES)}
+        """Whatever the case of the keys, unless they are sorted."""
+        pairs = {key(n).replace(b"-8", b"-b"): v for n, v in enumerate(self.VALUES)}
         lines = [k + b" " + v for k, v in pairs.items()]
+        upper = [k.upper() + b" " + v for k, v in reversed(list(pairs.items()))]
         out = b"".join(v + b"\n" for v in pairs.values())
 
         def arrives(content, *options):
             with Serving(content, *options) as server:
+                if not options:
+                    self.assertEqual(kv.load(server.path), pairs)
                 self.assertEqual(run("get", "--url", server.url, *pairs), (0, out, b""))
                 client = server.connect()
                 for k, value in pairs.items():
                     self.assertEqual(client.ask(k)[::2], (200, value))
 
         self.side_by_side(arrives, (
-            (b"\n\n" + b"\n\n".join(reversed(lines)) + b"\n\n",),
+            (b"\n\n" + b"\n\n".join(upper) + b"\n\n",),
             (b"\n".join(lines),), (b"\n".join(lines), "--sorted"),
             (b"\n\n" + b"\n\n".join(lines) + b"\n\n", "--sorted", "--no-check")))
 
-    def test_keys_in_either_case(self):
-        b = key(11).replace(b"-8", b"-b")
-        content = key(10).upper() + b" X\n" + b.replace(b"-b", b"-B") + b" x"
-        path = self.enter(data_file(content))
-        self.assertEqual(kv.load(path), {key(10): b"X", b: b"x"})
-
-    @staticmethod
-    def named(content, bad):
-        """Return the lines that name bad lines of a file F."""
-        lines = content.split(b"\n")
-        return ["F:%d: %s: %r" % (n, fault, lines[n - 1][:50]) for n, fault in bad]
-
     def names(self, content, bad, is_sorted, more=()):
         """Check that the parser names bad lines, and says `more`."""
+        lines = content.split(b"\n")
+        named = ["F:%d: %s: %r" % (n, fault, lines[n - 1][:50]) for n, fault in bad]
         with self.subTest(content[:200]), data_file(content) as path:
             with open(path, "rb") as file, self.assertRaises(ValueError) as caught:
                 list(kv.parse(file, "F", kv.Sorted(file) if is_sorted else {}))
-            self.assertEqual(str(caught.exception).split("\n"),
-                             self.named(content, bad) + list(more))
+            self.assertEqual(str(caught.exception).split("\n"), named + list(more))
 
     def test_bad_lines_are_named(self):
         for fault, *lines in self.BAD_LINES:
@@ -443,32 +437,15 @@ class Lines(Test):
             more = ["F: and %d more bad lines" % (count - 10)] * (count > 10)
             self.names(self.K + b" v\n" + b"bad\n" * count, bad, False, more)
 
-    def test_the_program_names_bad_lines(self):
-        """Also far down, with all that follows still looked at."""
-        def names(is_sorted, content, *bad):
-            options = ["--sorted"] * is_sorted
-            with data_file(content) as path:
-                code, out, err = run("serve", "--port", "0", path, *options)
-            self.assertEqual((code, out), (1, b""))
-            self.assertEqual(err.decode().replace(path, "F").splitlines(),
-                             ["kv: " + line for line in self.named(content, bad)])
-
-        lines = [key(n) + b" value" for n in range(9000)]
-        lines[5000], lines[8000] = key(3) + b" other", b"bad"
-        self.side_by_side(names, (
-            *(row for row in self.BAD if len(row) > 4),
-            (False, b"\n".join(lines), (5001, self.TWICE), (8001, self.NO_KEY)),
-            (True, b"\n".join(lines), (5001, self.UNSORTED), (8001, self.NO_KEY))))
-
     @ON_POSIX
     def test_files_that_are_refused(self):
-        def refused(data, reason):
+        def refused(data, *reasons):
             path = data
             if isinstance(data, bytes):
                 path = self.enter(data_file(data))
             shown = path.replace("\n", "\\n") or "''"
-            self.assertEqual(run("serve", "--port", "0", path),
-                             (1, b"", ("kv: %s: %s\n" % (shown, reason)).encode()))
+            said = "".join("kv: %s:%s\n" % (shown, reason) for reason in reasons)
+            self.assertEqual(run("serve", "--port", "0", path), (1, b"", said.encode()))
 
         self.side_by_side(refused, self.REFUSED)
 
@@ -1494,25 +1471,24 @@ class Loop(WithExample):
 
 def unsent_bytes(server, client):
     """Return how many bytes the system holds that a client here has not taken."""
-    ports = [b":%04X" % port for port in (server.port, client.socket.getsockname()[1])]
-    with open("/proc/net/tcp", "rb") as file:
-        for fields in map(bytes.split, file):
-            if [address[-5:] for address in fields[1:3]] == ports:
-                return int(fields[4].partition(b":")[0], 16)
-    return 0
+    ports = server.port, client.socket.getsockname()[1]
+    with open("/proc/net/tcp") as file:
+        found = re.search(r":%04X \w+:%04X 01 (\w+)" % ports, file.read())
+    return int(found.group(1), 16)
 
 
 class Unread(Serving):
     """A server whose log, a pipe or a terminal, is read only until it is ready."""
 
-    def __init__(self, reading, writing, *arguments):
-        self.reading = reading
-        super().__init__(*arguments, pass_fds=(writing,), prefix=(
-            "sh", "-c", f'exec "$@" 2>/dev/fd/{writing}', "sh"))
+    def __init__(self, make, *arguments, **how):
+        self.reading, self.writing = make()
+        super().__init__(*arguments, stderr=self.writing, **how)
+        self.stack.callback(os.close, self.reading)
+        self.stack.callback(os.close, self.writing)
 
     def read_log(self):
-        while b" s, on " not in self.log:
-            self.log += os.read(self.reading, 1000).replace(b"\r", b"")
+        while not re.search(rb" s, on \S+\s", self.log):
+            self.log += os.read(self.reading, 1000)
 
 
 @ON_LINUX
@@ -1582,17 +1558,6 @@ class Limits(Test):
             *((self.takes_too_little, *row) for row in self.NOT_TAKEN),
             *((self.gets_it_whole, *row) for row in self.TAKEN)))
 
-    def test_newcomers_take_the_place_of_who_has_waited_longest(self):
-        server = self.serve(EXAMPLE, "--max-connections", "3")
-        first, second, third = (server.connect() for _ in "123")
-        for client in (second, first, third):
-            self.assertEqual(client.ask(KEY)[2], VALUE)
-        fourth = server.connect()
-        self.assertEqual(fourth.ask(KEY)[2], VALUE)
-        self.assertEqual(second.rest(), b"")
-        for client in (first, third, fourth):
-            self.assertEqual(client.ask(KEY)[2], VALUE)
-
     def test_who_has_asked_is_not_evicted(self):
         """Even if its request and a newcomer are seen in the same round of the loop."""
         server = self.serve(EXAMPLE, "--max-connections", "2")
@@ -1624,8 +1589,8 @@ class Limits(Test):
         self.side_by_side(ask, [()] * 6)
         self.assertEqual(len(server.lines()), 1, server.log)
 
-    def test_whatever_they_wait_for(self):
-        """The rest of a head, a request, more of an answer to be taken, a last byte."""
+    def test_who_has_waited_longest_makes_room(self):
+        """For a request, the rest of a head, an answer to be taken, or a last byte."""
         def idle(server, client):
             self.assertEqual(client.ask(OTHER_KEY)[2], OTHER_VALUE)
 
@@ -1641,31 +1606,27 @@ class Limits(Test):
             client.send(b"bad\r\n")
             self.assertEqual(client.answer()[0], 400)
 
-        def is_evicted(longest):
-            server = self.serve(LARGE, "--max-connections", "2", limits={
+        def is_evicted(*waits):
+            server = self.serve(LARGE, "--max-connections", "4", limits={
                 "STALL_SECONDS": PATIENCE, "LINGER_SECONDS": PATIENCE})
-            for wait in (idle, trickle, stick):
-                until(lambda: server.threads() == 1)
-                first = server.connect(receive_buffer=4096)
-                second = server.connect(receive_buffer=4096)
-                idle(server, second)
-                longest(server, first)
-                idle(server, second)
-                wait(server, second)
-                third = server.connect()
-                idle(server, third)
-                with contextlib.suppress(ConnectionError):
-                    self.assertLess(len(first.rest()), SIZE)
+            clients = [server.connect(receive_buffer=4096) for _ in waits]
+            for client in clients:
+                idle(server, client)
+            for wait, client in zip(waits, clients):
+                wait(server, client)
+            idle(server, server.connect())
+            with contextlib.suppress(ConnectionError):
+                self.assertLess(len(clients[0].rest()), SIZE)
+            for wait, client in list(zip(waits, clients))[1:]:
                 if wait == trickle:
-                    second.send(GET_KEY[9:])
-                if wait != idle:
-                    self.assertEqual(len(second.answer()[2]), SIZE)
-                idle(server, second)
-                idle(server, third)
-                for client in (first, second, third):
-                    client.close()
+                    client.send(GET_KEY[9:])
+                if wait in (trickle, stick):
+                    self.assertEqual(len(client.answer()[2]), SIZE)
+                if wait != linger:
+                    idle(server, client)
 
-        self.side_by_side(is_evicted, [(idle,), (trickle,), (stick,), (linger,)])
+        kinds = [idle, trickle, stick, linger]
+        self.side_by_side(is_evicted, [kinds[n:] + kinds[:n] for n in range(4)])
 
     @ON_CPYTHON
     def test_clients_that_take_nothing(self):
@@ -1803,19 +1764,16 @@ class Limits(Test):
     def test_a_log_that_nobody_reads(self):
         """A full pipe, a full or a stopped terminal: answers come, lines are lost."""
         def goes_on(make, is_full, *options):
-            reading, writing = make()
-            self.enter(open(reading, "wb", 0))
-            self.enter(open(writing, "wb", 0))
-            server = self.enter(Unread(reading, writing, KEY + b" old\n", *options))
+            server = self.enter(Unread(make, KEY + b" old\n", *options))
             if is_full:
-                os.set_blocking(writing, False)
+                os.set_blocking(server.writing, False)
                 for piece in (b"x" * 4096, b"x"):
                     with contextlib.suppress(BlockingIOError):
                         while True:
-                            os.write(writing, piece)
-                os.read(reading, 20)  # a terminal then has room, but not for a line
+                            os.write(server.writing, piece)
+                os.read(server.reading, 20)  # a terminal has room, but not for a line
             else:
-                os.write(reading, b"\x13")  # Ctrl-S
+                os.write(server.reading, b"\x13")  # Ctrl-S
             client = server.connect()
             for _ in range(400):
                 self.assertEqual(client.ask(KEY)[2], b"old")
@@ -2789,28 +2747,16 @@ class CommandLine(Commands):
     @ON_POSIX
     def test_progress_on_a_terminal(self):
         def is_shown(term, seconds, path, name, progress):
-            def shows(text):
-                nonlocal shown
-                if select.select([terminal], [], [], 0)[0]:
-                    shown += os.read(terminal, 1 << 16)
-                return text in shown
-
-            shown, (terminal, stderr) = b"", os.openpty()
-            self.addCleanup(os.close, terminal)
-            self.addCleanup(os.close, stderr)
-            server = Serving(
-                path, limits={"PROGRESS_SECONDS": seconds}, env=environment(TERM=term),
-                prefix=("sh", "-c", 'exec "$@" 2>' + os.ttyname(stderr), "sh"),
-                stdin=subprocess.PIPE)
+            server = Unread(
+                os.openpty, path, limits={"PROGRESS_SECONDS": seconds},
+                env=environment(TERM=term), stdin=subprocess.PIPE)
             self.addCleanup(server.__exit__)
             with server.process.stdin as stdin:
                 stdin.write(b"".join(key(n) + b" v\n" for n in range(1000)))
-            until(lambda: shows(b" on http://"))
-            self.assertEqual(server.stop(), 0)
-            until(lambda: shows(b"stopped\r\n"))
-            self.assertRegex(shown, rb"\A%b\Z" % (
-                progress + rb"kv: \d+ pairs of %b in \d+\.\d\d s, on http://\S+\r\n"
-                rb"kv: stopped\r\n" % re.escape(name).encode()))
+            with server:
+                self.assertRegex(server.log, rb"\A%b\Z" % (
+                    progress + rb"kv: \d+ pairs of %b in \d+\.\d\d s, on http://\S+\r\n"
+                    % re.escape(name).encode()))
 
         self.side_by_side(is_shown, self.PROGRESS)
 
