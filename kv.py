@@ -22,7 +22,7 @@ The sections follow the flow of data:
 A request passes through four methods of Server:
 
     receive            takes what a client has sent
-    answer_requests    splits it into the heads of requests, and has each one judged
+    answer_requests    splits it into the heads of requests, and judges each one
     answer             turns a verdict into an answer: looks the key up
     send               sends all answers together; a Handler sends what is left
 """
@@ -101,7 +101,8 @@ TURN_BYTES = 1 << 18          # bytes to send to one client before others get a 
 ANSWER_SECONDS = 10
 ANSWER_BYTES_PER_SECOND = 10000
 STALL_SECONDS = 10            # longest time that a client may go without taking any of it
-LINGER_SECONDS = 3            # time for a client to stop sending before it is closed
+LINGER_SECONDS = 3            # how long to wait for a client to stop sending, before its
+                              # connection is closed
 
 # Connections
 MAX_CONNECTIONS = 10000       # without --max-connections
@@ -146,7 +147,7 @@ def escape(text: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return the beginning of `text`, escaped."""
+    """Return `text`, escaped, and truncated if it is long."""
     if len(text) > QUOTED_CHARACTERS:
         text = text[:QUOTED_CHARACTERS] + "..."
     return escape(text)
@@ -278,8 +279,8 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
     STEP_BYTES.
 
     `name` is the name of the file in messages. Returns warnings about likely mistakes.
-    Raises OSError if the file cannot be read, and ValueError if it cannot be served; the
-    message says why, with one line for each bad line.
+    Raises OSError if the file cannot be read, and ValueError if it must not be served;
+    the message says why, with one line for each bad line.
     """
     pair_re = PAIR_RE
     if isinstance(pairs, Sorted):
@@ -368,6 +369,7 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
 # can be estimated from the key itself, much as one opens a printed encyclopedia near its
 # end for "submarine".
 
+PREFIX_BYTES = KEY_BYTES + 2                              # a newline, a key and a space
 FIRST_KEY_RE = re.compile(rb"\n(" + KEY + rb") ")         # first whole key in a page
 LAST_KEY_RE = re.compile(rb"(?s).*\n(" + KEY + rb") ")    # last one, as .* is greedy
 
@@ -402,10 +404,10 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # A mark has the number of a key, and the offset of the newline that ends its
-        # line. The lines of higher keys begin at that offset or later; the line of this
-        # key, and those of lower keys, begin before it. The first and the last mark stand
-        # for the ends of the file.
+        # A mark consists of the number of a key, and the offset of the newline that ends
+        # its line. The lines of higher keys begin at that offset or later; the line of
+        # this key, and those of lower keys, begin before it. The first and the last mark
+        # stand for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -418,19 +420,20 @@ class Sorted:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
-        """Return whether the parser must refuse `key`: it is not above the last one, so
-        it is a duplicate or out of order.
+        """Return whether the parser must refuse `key`, as it is not above the last one.
         """
         return key <= self.last_key
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
         self.last_key = key
         self.count += 1
-        self.bytes_since_mark += KEY_BYTES + len(value) + 2  # a space and a newline
+        self.bytes_since_mark += PREFIX_BYTES + len(value)
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
+            # Insert it before the last mark. The parser has just read this line with the
+            # newline at its end. (If there is none, the offset is too low by one, which
+            # does no harm.)
             self.mark_numbers.insert(-1, key_number(key))
-            # The parser has just read this line, including the newline at its end.
             self.mark_offsets.insert(-1, self.file.tell() - 1)
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Body]":
@@ -450,8 +453,9 @@ class Sorted:
         high = self.mark_offsets[mark]
         # If the key has a line, it begins at `low` or later, but before `high`; and
         # low_number < number <= high_number. This holds for the two marks, as no version
-        # 4 UUID has the number 0 or 1 << 128. Each iteration looks at the first line from
-        # `probe` on, where low <= probe < high, and then raises `low` or lowers `high`.
+        # 4 UUID has the number 0 or 1 << 128. Each iteration looks at the first lines
+        # from `probe` on, where low <= probe < high, and then raises `low` or lowers
+        # `high`.
         probes = 0
         while low < high:
             probes += 1
@@ -464,18 +468,19 @@ class Sorted:
             offset, page, first = self.page_with_key(probe, high, wait)
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
-                return self.value_at(offset, page, line + KEY_BYTES + 2, wait)
-            if not first:  # no line begins between `probe` and `high`
+                return self.value_at(offset, page, line + PREFIX_BYTES, wait)
+            # The key is not in this page. No line begins between `probe` and the page.
+            if not first:  # nor between the page and `high`
                 high = probe  # high_number can stay: numbers only serve to guess
                 continue
-            if key < first[1]:  # no line before this one begins at `probe` or later
+            if key < first[1]:
                 high = probe
                 high_number = key_number(first[1])
                 continue
             last = LAST_KEY_RE.match(page)  # it may be the first one as well
-            if key < last[1]:  # the line would be in this page
+            if key < last[1]:  # the line would be between these two
                 return None
-            low = offset + last.start(1)  # the line begins after the last one here
+            low = offset + last.start(1)  # just behind the beginning of that line
             low_number = key_number(last[1])
         return None
 
@@ -484,16 +489,15 @@ class Sorted:
     ) -> "Tuple[int, bytes, Optional[re.Match]]":
         """Return the first page from `offset` on that has a whole key.
 
-        Returns its offset, the page, and the match of FIRST_KEY_RE. The match is None
-        only if no line begins before `high`; it may belong to a line beyond `high`.
+        Returns its offset, the page, and the match of FIRST_KEY_RE. That is None only if
+        no line begins from `offset` to `high`. The page may also be beyond `high`.
         """
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # The newline, the key and the space of a line are KEY_BYTES + 2. So a line
-            # that begins in the last KEY_BYTES + 1 bytes of the page was not found:
-            # continue there. (The last page of the file may be even shorter than that.)
-            offset += max(1, len(page) - KEY_BYTES - 1)
+            # Continue at the next newline. It may be near the end of this page, where
+            # PREFIX_BYTES do not fit. (The last page of the file may be even shorter.)
+            offset += max(1, len(page) - PREFIX_BYTES + 1)
             offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
             first = FIRST_KEY_RE.search(page)
@@ -550,7 +554,7 @@ class Sorted:
         is_at_end = offset + len(content) >= self.size
         if len(content) < size and not is_at_end:
             if wait:
-                raise Unreadable(f"readable only up to byte {offset + len(content)}")
+                raise Unreadable(f"cannot be read beyond byte {offset + len(content)}")
             raise BlockingIOError("only a part of it is in memory")
         return content
 
@@ -598,7 +602,7 @@ class StoredValue:
 
 Pairs = Union[Dict[bytes, bytes], Sorted]
 Value = Union[bytes, StoredValue]
-Body = Union[Value, List[Value]]  # of an answer; a list has its parts
+Body = Union[Value, List[Value]]  # the body of an answer; a list contains its parts
 
 
 # ---------------------------------------------------------------------------
@@ -633,7 +637,7 @@ class Data:
         self.since = ""                  # date of the last load
         self.report = ""                 # what the log says of the last load
         self.load_start = 0.0            # time.monotonic() at the start of a load
-        self.new_pairs: Pairs = {}       # those of a load that is under way
+        self.new_pairs: Pairs = {}       # the pairs of a load in progress
         self.new_file: Optional[BinaryIO] = None   # the file of that load
 
     def load(self) -> Iterator[None]:
@@ -751,9 +755,6 @@ def refusal(status: int, text: str) -> Verdict:
     return status, f"{text}\n".encode(), True
 
 
-# Longer beginnings than these may be too long. An empty line may precede them.
-LENGTHS_TO_JUDGE = (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2)
-
 BARE_LINE_END = refusal(400, "bare CR or LF (RFC 9112 section 2.2)")
 MALFORMED_LINE = refusal(
     400, "malformed request line: not METHOD TARGET HTTP/1.1 CRLF (RFC 9112 section 3)")
@@ -791,9 +792,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     # client is told, whatever else is wrong.
     if not TARGET_RE.fullmatch(target):
         return b"", MALFORMED_LINE
-    if verdict in (MALFORMED_LINE, OTHER_VERSION):  # which may have other targets
+    if verdict in (MALFORMED_LINE, OTHER_VERSION):
         return b"", verdict
-    # The forms that RFC 9112 section 3.2 allows
+    # The forms of a target in HTTP/1.1 (RFC 9112 section 3.2)
     if target.startswith(b"/"):
         return target[1:], verdict
     absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
@@ -822,7 +823,7 @@ def judge_length(head: bytes) -> Optional[Verdict]:
 
 
 def judge_fields(method: bytes, rest: bytes) -> Verdict:
-    """Judge the rest of a head, which is all but its target."""
+    """Judge everything in a head except its target."""
     version, *lines = rest.split(b"\r\n")
     if not TOKEN_RE.fullmatch(method) or not VERSION_RE.fullmatch(version):
         return MALFORMED_LINE
@@ -921,11 +922,11 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
         if LINE_BEGINNING_RE.fullmatch(line):
             return None
         return MALFORMED_LINE
-    # The line is complete, so it is judged, with a made-up field. These three verdicts do
-    # not depend on fields. Any other has to wait for the real ones.
+    # The line is complete, so it is judged, together with a made-up field.
     path, verdict = judge(line + b"\r\nHost: kv")
     if verdict[0] == 200:
         _, verdict = judge_path(path)
+    # These three do not depend on fields. Other verdicts have to wait for the real ones.
     if verdict in (MALFORMED_LINE, WRONG_FORM, OTHER_VERSION):
         return verdict
     if BARE_LINE_END_RE.search(beginning):
@@ -944,7 +945,7 @@ INTERNAL_ERROR = b"internal error; see the server's log\n"
 def answer_head(status: int, close: bool, date: str) -> bytes:
     """Return the head of an answer, with %d for the length of its body if it has one.
 
-    For a given status, it changes only once a second, so it is cached.
+    It is cached, as it changes only once a second.
     """
     lines = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
@@ -1010,7 +1011,7 @@ class Handler(socketserver.BaseRequestHandler):
         while not connection.must_close and b"\r\n\r\n" in connection.received:
             self.server.answer_requests(connection, self.get, max_bytes=1)
             self.send_unsent()
-        # The loop judges a beginning only when more of it comes. So what is left is
+        # The loop judges a beginning only when more of it arrives. So what is left is
         # judged here.
         if not connection.must_close:
             self.server.refuse_beginning(connection)
@@ -1025,7 +1026,7 @@ class Handler(socketserver.BaseRequestHandler):
             return pairs.get(key, wait=True)
         value = pairs.get(key)
         if value is None and pairs is not self.server.data.pairs:
-            # A reload replaces the dict before it empties the old one. So the key may
+            # Data.reload replaces the dict before it empties the old one. So the key may
             # just have been removed from that.
             return self.get(key)
         return value
@@ -1066,7 +1067,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        # If the loop has sent the answer, the server already waits since then.
+        # If the loop has sent the answer, the server has been waiting since then.
         if connection.waiting_since == NEVER:
             connection.waiting_since = now
         deadline = now + LINGER_SECONDS
@@ -1113,7 +1114,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.data = data
         self.log = log
         self.signals = signals
-        # Each connection is in one of the first three.
+        # Each connection is in exactly one of the first three.
         self.idle: "collections.OrderedDict[Connection, None]" = collections.OrderedDict()
         self.beginnings: "collections.OrderedDict[Connection, None]" = (
             collections.OrderedDict())
@@ -1159,19 +1160,25 @@ class Server(http.server.ThreadingHTTPServer):
         # Without Nagle's algorithm, an answer does not wait until the client has
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A Handler notices that a slow client takes its answer when this queue has become
-        # shorter. If it were long, that could take more than STALL_SECONDS.
+        # Limit the queue of unsent data. A Handler notices that a slow client takes its
+        # answer only when the queue has become shorter, and if it were long, that could
+        # take more than STALL_SECONDS.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def server_bind(self) -> None:
-        """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
+        """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
+
+        SO_REUSEADDR is
+         1. off while binding, and during the load: it would let another server bind to
+            the port, too, as long as this one does not listen;
+         2. on while binding again, if connections of an earlier server are in TIME_WAIT;
+         3. on while listening: connections inherit it, and without it, they would keep
+            the next server from binding.
+        """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # As long as this socket does not listen, that is, during the load, SO_REUSEADDR
-        # would let another server bind to the port. So it is only set where it is needed:
-        # if connections of an earlier server are left, in state TIME_WAIT.
         try:
             socketserver.TCPServer.server_bind(self)
         except OSError as error:
@@ -1183,8 +1190,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
-        # Connections inherit SO_REUSEADDR. Without it, those that are left in TIME_WAIT
-        # would keep the next server from binding, even if that sets it.
         if os.name == "posix":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
@@ -1422,17 +1427,18 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.answer_requests(connection, self.data.pairs.get, TURN_BYTES)
         except BlockingIOError:
-            # A thread waits for the disk, after it has sent the answers made so far.
+            # A thread sends the answers made so far, and then waits for the disk.
             self.hand_over(connection, NEVER)
             return
         if connection.received and not connection.must_close:
-            # A beginning is judged when it is new, when a line may have ended, and when it
-            # has passed a limit. To judge it after each byte would take quadratic time.
-            recent = earlier[-1:] + data
+            # A beginning is judged when it is new, when a line may have ended, and when
+            # it has passed a limit, before which there may be an empty line. To judge it
+            # after each byte would take quadratic time.
+            recent = earlier[-1:] + data  # a CR that came earlier may turn out to be bare
             has_line_end = b"\r" in recent or b"\n" in recent
             has_passed_limit = any(
                 len(earlier) <= limit < len(connection.received)
-                for limit in LENGTHS_TO_JUDGE)
+                for limit in (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2))
             if not earlier or has_line_end or has_passed_limit:
                 self.refuse_beginning(connection)
         if not connection.unsent:  # no head is complete yet
@@ -1440,7 +1446,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.keep(connection)
             return
         is_sent = self.send(connection)
-        if not is_sent or connection.must_linger:
+        has_request = b"\r\n\r\n" in connection.received  # after TURN_BYTES of answers
+        if not is_sent or has_request or connection.must_linger:
             self.hand_over(connection, self.now)
         elif connection.must_close:
             self.close(connection)
@@ -1484,7 +1491,7 @@ class Server(http.server.ThreadingHTTPServer):
                 must_close = True
             connection.must_close = must_close
             size += self.add_answer(connection, head, status, body)
-            if must_close and rest:  # the client has sent what is never answered
+            if must_close and rest:  # the client has sent more, and may still be sending
                 connection.must_linger = True
 
     def answer(
@@ -1522,8 +1529,10 @@ class Server(http.server.ThreadingHTTPServer):
             parts += [key + b" ", value, b"\n"]
             if isinstance(pairs, Sorted) and isinstance(value, bytes):
                 copied += len(value)
-                if copied > TURN_BYTES:
-                    raise BlockingIOError("long values are left to a thread")
+            if copied > TURN_BYTES:
+                # A thread gets a StoredValue for each value over JOINED_BYTES, so it
+                # never comes here with as many keys as LINE_BYTES can hold.
+                raise BlockingIOError("long values are left to a thread")
         if self.data.pairs is not pairs:  # a reload, while a thread was here
             return self.lines(keys, get)
         # If these are long, they are not joined: that would copy the values.
@@ -1579,12 +1588,12 @@ class Server(http.server.ThreadingHTTPServer):
             size = 0
         if connection.must_close:
             # The client may still be sending: more requests during a long answer, or a
-            # body. (A request with a body never gets a 200 or 404: see judge_fields.)
+            # body, which judge_fields does not allow in those with status 200 and 404.
             may_have_body = status not in (200, 404)
             connection.must_linger = may_have_body or size > PIECE_BYTES
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, size)
-        if size <= JOINED_BYTES:  # then the body is of type bytes: see Sorted, lines
+        if size <= JOINED_BYTES:  # so it is no list and no StoredValue: these are longer
             connection.unsent.append(answer + body)
         elif isinstance(body, list):
             connection.unsent += [answer, *body]
@@ -1655,7 +1664,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Have a connection closed; log the current exception if it is a fault."""
+        """Mark a connection to be closed; log the current exception if it is a fault."""
         request.must_close = True
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
@@ -1680,7 +1689,7 @@ class Server(http.server.ThreadingHTTPServer):
                 request.socket.setblocking(False)
                 # Meanwhile, the loop may be waiting in select. If the client has sent
                 # data, epoll and kqueue notice at once (see epoll_wait(2)), and other
-                # selectors at the next tick.
+                # selectors at the next tick. Until take_back, run_round ignores that.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.must_close = True
@@ -1742,10 +1751,10 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal is gone, but has not sent a SIGHUP.
+        """Notice that the terminal is gone, but no SIGHUP came within HANGUP_SECONDS.
 
-        When a shell ends, it may leave a server in the background without one. From then
-        on, every SIGHUP asks for a reload.
+        A shell that ends may leave a server running in the background, without a terminal
+        and without sending a SIGHUP. A later one then asks for a reload.
         """
         if not self.may_hang_up:
             return
@@ -1825,7 +1834,8 @@ def end_load(*_) -> None:
 
 
 def block_sigterm() -> None:
-    """Have another SIGTERM change nothing, even while Python ends, without handlers."""
+    """Block SIGTERM, so that another one changes nothing, even while Python shuts down.
+    """
     if hasattr(signal, "pthread_sigmask"):  # Windows lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
@@ -1960,7 +1970,7 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server did not answer, or not as kv would; the message says why."""
+    """A server did not answer, or did not answer as kv would; the message says why."""
 
 
 class BadAnswer(AskError):
@@ -2003,7 +2013,7 @@ def find(names: List[str], url: str, timeout: float) -> Iterator[Optional[bytes]
     """Yield the value of each key, or None if the server does not have it.
 
     No request is sent before the first value is consumed. KEYS_TOGETHER keys are asked
-    for in one request, and if the answer is not one to that, one by one.
+    for in one request, and one by one if the server does not answer that properly.
     """
     for start in range(0, len(names), KEYS_TOGETHER):
         together = names[start:start + KEYS_TOGETHER]
@@ -2047,8 +2057,8 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
     """Return the body of the answer of the server at `url` to GET /path.
 
     Raises ValueError for a URL or a timeout that cannot be used; KeyError if the answer
-    is that the key is not found; BadAnswer if it is not one of kv's, another error, or
-    longer than `max_bytes`; and AskError if there is no answer.
+    is that the key is not found; BadAnswer if it is another error, longer than
+    `max_bytes`, or not like an answer of kv; and AskError if there is no answer.
     """
     check_url(url)
     check_timeout(timeout)
@@ -2259,15 +2269,17 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     Raises ValueError if standard input cannot be read.
     """
     rest = b""  # the beginning of a line
-    data = b"\n"
-    while data:
+    while True:
         try:
             data = os.read(0, INPUT_BYTES)
-        except OSError as error:  # another OSError would be about standard output
+        except OSError as error:  # run_get takes an OSError to be about standard output
             raise ValueError(f"standard input: {error.strerror}")
-        # At the end of the input, a newline completes the last line.
-        *lines, rest = (rest + (data or b"\n")).split(b"\n")
+        lines = (rest + data).split(b"\n")
+        if data:
+            rest = lines.pop()
         yield [line.decode("utf-8", "replace").strip() for line in lines if line.strip()]
+        if not data:
+            return
         if len(rest) > INPUT_BYTES:
             raise ValueError("standard input: the line is too long for a key")
 
@@ -2376,7 +2388,7 @@ def make_parser() -> Parser:
 
 
 def check_serve_options(options: argparse.Namespace) -> None:
-    """End the program if options of `serve` conflict, or this system lacks them."""
+    """End the program if options of `serve` conflict, or are not supported here."""
     if options.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
         options.parser.error("--reuse-port needs SO_REUSEPORT, which this system lacks")
     if not options.check and not options.sorted:
@@ -2389,7 +2401,7 @@ def check_serve_options(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command that `sys.argv` gives. Returns the exit code."""
+    """Run the command given in `sys.argv`. Returns the exit code."""
     parser = make_parser()
     if "serve" not in sys.argv and "get" not in sys.argv:
         for argument in sys.argv[1:]:

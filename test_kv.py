@@ -1365,6 +1365,15 @@ class Loop(WithExample):
         client.close()
         until(lambda: server.threads() == 1)
 
+    def test_requests_behind_just_as_much_as_the_loop_sends(self):
+        client = self.server.connect()
+        client.send(ask_for(KEY, "Connection: close"))
+        size = len(client.rest().replace(b"Connection: close\r\n", b""))
+        client = self.serve(limits={"TURN_BYTES": size}).connect()
+        client.send(GET_KEY * 3)
+        for _ in range(3):
+            self.assertEqual(client.answer()[2], VALUE)
+
     def test_others_are_answered_meanwhile(self):
         """While a head trickles in, an answer is not taken, 100 connections linger."""
         server = self.serve(LARGE)
