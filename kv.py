@@ -92,15 +92,15 @@ VERDICT_BYTES = 2000          # longest head whose verdict is cached
 UNSENT_BYTES = 1 << 16        # unsent bytes that the system may queue for one client
 JOINED_BYTES = 1024           # longest body that is joined to its head; a longer one is
                               # sent without being copied
-JOINED_PARTS = 1024           # parts of answers to send in one call; the IOV_MAX of
-                              # systems is not lower
+JOINED_PARTS = 1024           # parts of answers to send in one call: IOV_MAX, which is
+                              # the limit of the usual systems
 PIECE_BYTES = 1 << 15         # bytes of a long value to read at a time
 TURN_BYTES = 1 << 18          # bytes to send to one client before others get a turn;
                               # longer answers get a thread
 # A client must take an answer within ANSWER_SECONDS + its size / ANSWER_BYTES_PER_SECOND.
 ANSWER_SECONDS = 10
 ANSWER_BYTES_PER_SECOND = 10000
-STALL_SECONDS = 10            # longest time that a client may go without taking any of it
+STALL_SECONDS = 10            # longest time that a client may take no part of an answer
 LINGER_SECONDS = 3            # how long to wait for a client to stop sending, before its
                               # connection is closed
 
@@ -129,7 +129,7 @@ KEYS_TOGETHER = 200           # keys to ask for in one request; they fit in LINE
 TOGETHER_BYTES = 1 << 26      # largest answer to such a request; if it is larger, the
                               # keys are asked for one by one
 INPUT_BYTES = 1 << 16         # bytes of keys to read at a time from standard input
-QUOTED_CHARACTERS = 200       # of a server's answer, in messages
+QUOTED_CHARACTERS = 200       # characters of a server's answer to quote in messages
 
 
 # ---------------------------------------------------------------------------
@@ -175,9 +175,9 @@ class Log:
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
-        # Descriptor 2 must stay a blocking one: other programs, such as the shell, share
-        # its mode. On Linux, opening the same pipe or terminal again gives a descriptor
-        # with its own mode. Elsewhere, `put` has to rely on select alone.
+        # Descriptor 2 must stay in blocking mode, because other programs, such as the
+        # shell, share it. On Linux, opening the same pipe or terminal again gives a
+        # descriptor with a mode of its own. Elsewhere, `put` has to rely on select alone.
         is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
         if os.name == "posix" and (is_pipe or self.is_terminal):
             try:
@@ -275,12 +275,12 @@ def stamp(descriptor: int) -> Tuple[int, int]:
 
 
 def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, List[str]]:
-    """Store the pairs of `file` in `pairs`, which must be empty; yield after every
-    STEP_BYTES.
+    """Store the pairs of `file` in `pairs`, which must be empty.
 
-    `name` is the name of the file in messages. Returns warnings about likely mistakes.
-    Raises OSError if the file cannot be read, and ValueError if it must not be served;
-    the message says why, with one line for each bad line.
+    `name` is the name of the file in messages. Yields after every STEP_BYTES. Returns
+    warnings about likely mistakes. Raises OSError if the file cannot be read, and
+    ValueError if it must not be served; the message says why, with one line for each bad
+    line.
     """
     pair_re = PAIR_RE
     if isinstance(pairs, Sorted):
@@ -404,10 +404,10 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # A mark consists of the number of a key, and the offset of the newline that ends
-        # its line. The lines of higher keys begin at that offset or later; the line of
-        # this key, and those of lower keys, begin before it. The first and the last mark
-        # stand for the ends of the file.
+        # A mark consists of a key, as a 128-bit number, and the offset of the newline
+        # that ends its line. The lines of higher keys begin at that offset or later; the
+        # line of this key, and those of lower keys, begin before it. The first and the
+        # last mark stand for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -420,7 +420,7 @@ class Sorted:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
-        """Return whether the parser must refuse `key`, as it is not above the last one.
+        """Return whether `key` is not above the last one, so that the parser refuses it.
         """
         return key <= self.last_key
 
@@ -430,9 +430,9 @@ class Sorted:
         self.bytes_since_mark += PREFIX_BYTES + len(value)
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # Insert it before the last mark. The parser has just read this line with the
-            # newline at its end. (If there is none, the offset is too low by one, which
-            # does no harm.)
+            # The parser has just read this line, with the newline at its end. (If the
+            # last line has none, the offset is that of its last byte. No line begins
+            # there.)
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, self.file.tell() - 1)
 
@@ -464,7 +464,7 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            probe = max(low, guess - PAGE_BYTES // 2)
+            probe = max(low, guess - PAGE_BYTES // 2)  # below `high`, as guess <= high
             offset, page, first = self.page_with_key(probe, high, wait)
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
@@ -480,7 +480,7 @@ class Sorted:
             last = LAST_KEY_RE.match(page)  # it may be the first one as well
             if key < last[1]:  # the line would be between these two
                 return None
-            low = offset + last.start(1)  # just behind the beginning of that line
+            low = offset + last.start(1)  # just after the beginning of the last line
             low_number = key_number(last[1])
         return None
 
@@ -495,13 +495,14 @@ class Sorted:
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # Continue at the next newline. It may be near the end of this page, where
-            # PREFIX_BYTES do not fit. (The last page of the file may be even shorter.)
+            # A line was not found if its PREFIX_BYTES are cut off by the end of the page.
+            # So continue where they would be, at the next newline.
             offset += max(1, len(page) - PREFIX_BYTES + 1)
             offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
             first = FIRST_KEY_RE.search(page)
-            if not first and not wait:  # many empty lines, for example
+            is_end = len(page) < PAGE_BYTES
+            if not first and not is_end and not wait:  # many empty lines, for example
                 raise BlockingIOError("a long search is left to a thread")
         return offset, page, first
 
@@ -686,16 +687,16 @@ class Data:
                 success += f" ({len(old_pairs)} before)"
             self.log(success)
             unneeded = old_pairs
-        # Freeing a dict of millions at once would hold up all clients.
+        # Freeing a dict with millions of pairs at once would hold up all clients.
         while isinstance(unneeded, dict) and unneeded:
             for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
             yield
-        if failure:  # now there is memory to log it, if that had run out
+        if failure:  # if memory had run out, there is enough again to log this
             self.log(f"{failure}\nthe data stays as it was")
 
     def progress(self) -> str:
-        """Return how far a load has come."""
+        """Return the progress of a load as a text."""
         percent = "?"
         if self.new_file.seekable():
             size = os.fstat(self.new_file.fileno()).st_size
@@ -733,8 +734,8 @@ VERSION_RE = re.compile(rb"HTTP/[0-9]\.[0-9]")                # RFC 9112 section
 FIELD_RE = re.compile(                                        # RFC 9112 section 5
     rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
 TARGET_RE = re.compile(                                       # RFC 3986 appendix A, but
-    rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]"                 # browsers send [ and ] in
-    rb"|%[0-9A-Fa-f]{2})+")                                   # queries as they are
+    rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]"                 # browsers do not escape
+    rb"|%[0-9A-Fa-f]{2})+")                                   # [ and ] in queries
 HOST = (                                                      # RFC 3986 section 3.2.2
     rb"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]"                # an IPv6 address, roughly,
     rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"      # or a name (without commas,
@@ -769,8 +770,8 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
 
     Returns the path in it, without its first slash, and the verdict. A verdict of 200
     says nothing about the path, which may contain any byte except a space, even CR or LF.
-    The caller looks it up first, as nearly all paths are keys in the data. If it is not
-    found, the caller has `judge_path` judge it.
+    Nearly all paths are keys in the data, so the caller looks them up first, and passes
+    only those that are not found to `judge_path`, which refuses such bytes.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -907,10 +908,10 @@ def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
 
 
 def judge_beginning(beginning: bytes) -> Optional[Verdict]:
-    """Return a refusal if the request line, a line end or the length of a head that
-    begins like this is not valid; else None.
+    """Return a refusal if the beginning of a head is already invalid, or None.
 
-    This lets bad requests be refused before they are complete.
+    Judges the request line, line ends and the length. This lets bad requests be refused
+    before they are complete.
     """
     if beginning.startswith(b"\r\n"):  # one empty line may precede (RFC 9112 section 2.2)
         beginning = beginning[2:]
@@ -943,7 +944,7 @@ INTERNAL_ERROR = b"internal error; see the server's log\n"
 
 @functools.lru_cache(maxsize=100)
 def answer_head(status: int, close: bool, date: str) -> bytes:
-    """Return the head of an answer, with %d for the length of its body if it has one.
+    """Return the head of an answer, with %d in place of the length of its body, if any.
 
     It is cached, as it changes only once a second.
     """
@@ -967,7 +968,7 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
 # ---------------------------------------------------------------------------
 # Threads
 
-NEVER = float("inf")    # the waiting_since of a client that the server does not wait for
+NEVER = float("inf")    # waiting_since while the server does not wait for the client
 
 
 class Connection:
@@ -1007,7 +1008,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Send what is unsent, and answer the requests that follow."""
         connection = self.request
         self.send_unsent()
-        # Each answer is sent at once: the next one may have to wait for the disk.
+        # Each answer is sent before the next lookup, which may have to wait for the
+        # disk: with max_bytes=1, only one request is answered.
         while not connection.must_close and b"\r\n\r\n" in connection.received:
             self.server.answer_requests(connection, self.get, max_bytes=1)
             self.send_unsent()
@@ -1059,7 +1061,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection.waiting_since = NEVER
 
     def linger(self) -> None:
-        """Say that no more will be sent, and briefly discard what the client still sends.
+        """Shut down the sending side, and briefly discard what the client still sends.
 
         If the connection were closed at once, the system would answer later data with a
         reset, and a reset can make the client lose the answer.
@@ -1097,8 +1099,8 @@ class Server(http.server.ThreadingHTTPServer):
     for their clients: in `idle` for the next request, in `beginnings` for the rest of a
     head. So the first one of each is the next to expire, or to be evicted. Those that
     belong to threads are in `handed_over`. To give one back, a thread registers its
-    socket, and then puts it in `returned`; until the loop takes it from there, it ignores
-    events of that socket.
+    socket, and then puts it in `returned`; until the loop takes it from there, the loop
+    ignores events of that socket.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1168,15 +1170,7 @@ class Server(http.server.ThreadingHTTPServer):
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def server_bind(self) -> None:
-        """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
-
-        SO_REUSEADDR is
-         1. off while binding, and during the load: it would let another server bind to
-            the port, too, as long as this one does not listen;
-         2. on while binding again, if connections of an earlier server are in TIME_WAIT;
-         3. on while listening: connections inherit it, and without it, they would keep
-            the next server from binding.
-        """
+        """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
@@ -1184,12 +1178,17 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
+            # Connections of an earlier server may be left, in state TIME_WAIT. With
+            # SO_REUSEADDR, they do not count.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             socketserver.TCPServer.server_bind(self)
+            # But it would let another server bind to the port, too, until this one
+            # listens. So it is off again during the load.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
+        # Connections inherit SO_REUSEADDR. The next server can ignore only those with it.
         if os.name == "posix":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
@@ -1233,7 +1232,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.try_to_receive(connection)
         if has_newcomer:
             # This comes last, as it may evict a client that has an event in this round.
-            # Newcomers get a share of the time, so that nobody has to wait long.
+            # They get a share of each round, so that neither they nor others wait long.
             for _ in range(1 + len(events) // EVENTS_PER_NEWCOMER):
                 if not self.accept():
                     break
@@ -1285,7 +1284,7 @@ class Server(http.server.ThreadingHTTPServer):
         return list(itertools.takewhile(lambda c: c.waiting_since < limit, waiting))
 
     def step_reload(self) -> None:
-        """Take a step of a reload, unless requests should have their turn."""
+        """Take a step of a reload, unless it is the turn of requests."""
         if self.was_busy and self.now < self.next_step:
             return
         start = time.monotonic()
@@ -1394,7 +1393,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # hand_over had unregistered it before it failed
+            pass  # it is not registered: hand_over has failed
 
     def close(self, connection: Connection) -> None:
         """Close a connection that the loop tracks."""
@@ -1432,8 +1431,8 @@ class Server(http.server.ThreadingHTTPServer):
             return
         if connection.received and not connection.must_close:
             # A beginning is judged when it is new, when a line may have ended, and when
-            # it has passed a limit, before which there may be an empty line. To judge it
-            # after each byte would take quadratic time.
+            # its length passes a limit (+ 2, as an empty line may precede the head). To
+            # judge it after each byte would take quadratic time.
             recent = earlier[-1:] + data  # a CR that came earlier may turn out to be bare
             has_line_end = b"\r" in recent or b"\n" in recent
             has_passed_limit = any(
@@ -1442,7 +1441,7 @@ class Server(http.server.ThreadingHTTPServer):
             if not earlier or has_line_end or has_passed_limit:
                 self.refuse_beginning(connection)
         if not connection.unsent:  # no head is complete yet
-            if connection not in self.beginnings:  # HEAD_SECONDS are from its first byte
+            if connection not in self.beginnings:  # there, it keeps its place
                 self.keep(connection)
             return
         is_sent = self.send(connection)
@@ -1503,7 +1502,7 @@ class Server(http.server.ThreadingHTTPServer):
         value = get(path)
         if value is not None:
             return 200, value, must_close
-        # The path is not, as it is, a key in the data.
+        # The path itself is not a key in the data.
         keys, refused = judge_path(path)
         if refused:
             status, text, refusal_closes = refused
@@ -1522,7 +1521,7 @@ class Server(http.server.ThreadingHTTPServer):
         pairs = self.data.pairs
         parts = []
         copied = 0
-        for key in dict.fromkeys(keys):  # a repeated key once
+        for key in dict.fromkeys(keys):  # each key only once
             value = get(key)
             if value is None:
                 continue
@@ -1530,8 +1529,8 @@ class Server(http.server.ThreadingHTTPServer):
             if isinstance(pairs, Sorted) and isinstance(value, bytes):
                 copied += len(value)
             if copied > TURN_BYTES:
-                # A thread gets a StoredValue for each value over JOINED_BYTES, so it
-                # never comes here with as many keys as LINE_BYTES can hold.
+                # A thread does not raise this: it gets bytes only for values of up to
+                # JOINED_BYTES, and a request line has room for only 216 keys.
                 raise BlockingIOError("long values are left to a thread")
         if self.data.pairs is not pairs:  # a reload, while a thread was here
             return self.lines(keys, get)
@@ -1587,8 +1586,9 @@ class Server(http.server.ThreadingHTTPServer):
             body = b""
             size = 0
         if connection.must_close:
-            # The client may still be sending: more requests during a long answer, or a
-            # body, which judge_fields does not allow in those with status 200 and 404.
+            # The client may still be sending: more requests during a long answer, or the
+            # body of this one. (If it is answered with 200 or 404, it has no body, which
+            # judge_fields would have refused.)
             may_have_body = status not in (200, 404)
             connection.must_linger = may_have_body or size > PIECE_BYTES
         if self.log.is_verbose:
@@ -1751,10 +1751,10 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice that the terminal is gone, but no SIGHUP came within HANGUP_SECONDS.
+        """Notice when the terminal has been gone for HANGUP_SECONDS.
 
-        A shell that ends may leave a server running in the background, without a terminal
-        and without sending a SIGHUP. A later one then asks for a reload.
+        If it has not sent a SIGHUP by then, it never will. (A shell may leave a server
+        running in the background when it ends.) Any later SIGHUP asks for a reload.
         """
         if not self.may_hang_up:
             return
@@ -1765,7 +1765,7 @@ class Signals:
 
     def on_hangup(self, *_) -> None:
         if self.may_hang_up and not has_terminal():
-            os.kill(os.getpid(), signal.SIGTERM)  # which ends a load as well
+            os.kill(os.getpid(), signal.SIGTERM)  # it also ends a load
         else:
             self.hangup = True
 
@@ -1834,8 +1834,7 @@ def end_load(*_) -> None:
 
 
 def block_sigterm() -> None:
-    """Block SIGTERM, so that another one changes nothing, even while Python shuts down.
-    """
+    """Block SIGTERM, so that another one has no effect, even while Python shuts down."""
     if hasattr(signal, "pthread_sigmask"):  # Windows lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
@@ -1849,7 +1848,7 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
     try:
         # Take the port before loading the data, so that a busy one is reported at once.
         server = Server(options, data, log, signals, listener)
-        signals.catch_hangups()  # SIGHUP would end a load
+        signals.catch_hangups()  # until now, SIGHUP would have ended the program
         load_with_progress(data, log)
         # Until here, SIGTERM and Ctrl-C end the load.
         signal.signal(signal.SIGTERM, signals.on_stop)
@@ -2067,17 +2066,17 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
     if proxy:
         shown = escape(proxy.rpartition("@")[2])  # without the password
         place = f"{url} through the proxy {shown}"
-    failure = AskError
+    failure_class = AskError
     try:
         opener = opener_for(urllib.parse.urlsplit(url).scheme, proxy)
         with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
-            failure = BadAnswer
+            failure_class = BadAnswer
             if answer.status == 200:
                 return body_of(answer, max_bytes)
             body = body_of_error(answer)
     except (OSError, http.client.HTTPException, ValueError, MemoryError) as error:
         reason = ask_failure(error, timeout, proxy)
-        raise failure(f"cannot ask {place}: {reason}") from None
+        raise failure_class(f"cannot ask {place}: {reason}") from None
     if answer.status == 404 and body == KEY_NOT_FOUND:
         raise KeyError(path)
     said = f"{answer.status} {answer.reason}"
@@ -2221,7 +2220,7 @@ def ask_failure(error: Exception, timeout: float, proxy: Optional[str]) -> str:
 def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO) -> int:
     """Print the values of keys, one per line. Returns the exit code. Raises OSError.
 
-    The output is as if the keys were asked for one by one.
+    The output is the same as if the keys were asked for one by one.
     """
     names = []
     faults = {}
@@ -2272,7 +2271,7 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     while True:
         try:
             data = os.read(0, INPUT_BYTES)
-        except OSError as error:  # run_get takes an OSError to be about standard output
+        except OSError as error:  # run_get attributes OSErrors to standard output
             raise ValueError(f"standard input: {error.strerror}")
         lines = (rest + data).split(b"\n")
         if data:
@@ -2293,7 +2292,7 @@ def run_get(options: argparse.Namespace) -> int:
         with open(1, "wb", closefd=False) as output:
             for keys in keys_to_ask(options.keys):
                 code = max(code, print_values(keys, options, output))
-    except BrokenPipeError:  # the reader has enough, as in `kv.py get ... | head -1`
+    except BrokenPipeError:  # the reader has ended, as in `kv.py get ... | head -1`
         return code
     except (AskError, ValueError) as error:
         complain(str(error))
@@ -2308,7 +2307,7 @@ def run_get(options: argparse.Namespace) -> int:
 # The command line
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong usage in one line."""
+    """Reports usage errors in one line."""
 
     def error(self, message: str) -> None:
         """Print `message` and a pointer to the help, and exit. argparse calls this."""
@@ -2339,7 +2338,7 @@ def make_parser() -> Parser:
     command = commands.add_parser(
         "serve", help="Serve the pairs in a file.",
         description="Answer requests for the pairs in a file, until SIGTERM or Ctrl-C.")
-    command.set_defaults(parser=command)  # which reports wrong usage
+    command.set_defaults(parser=command)  # for reporting usage errors
     command.add_argument(
         "file", metavar="FILE",
         help="The file with the pairs, one per line: a version 4 UUID, one space and the "
@@ -2354,7 +2353,7 @@ def make_parser() -> Parser:
     command.add_argument(
         "--max-connections", metavar="COUNT", type=whole_number(1, 1000000),
         help="Hold at most this many connections. Beyond that, a new one replaces the "
-             "one that has been waiting longest. By default, as many as the limit of "
+             "one that has been waiting longest. By default, as many as the limit on "
              f"open files allows, up to {MAX_CONNECTIONS}.")
     command.add_argument(
         "--reuse-port", action="store_true",

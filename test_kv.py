@@ -636,6 +636,9 @@ class SortedFiles(Test):
                 self.assertRaises(BlockingIOError, found.get, key(2))
                 self.assertIsNone(found.get(key(2), wait=True))
                 self.assertEqual(found.get(key(3), wait=True), b"three")
+        for end in (b"", b"\n", b"\n\n"):  # behind the last line, none is long
+            with data_file(key(1) + b" one" + end) as path, open(path, "rb") as file:
+                self.assertIsNone(kv.Sorted(file).get(key(2)))
 
     def large_file(self, folder=None):
         """Return a sorted file, opened, that takes some time to read from a disk."""
