@@ -2406,6 +2406,8 @@ def main() -> int:
         for argument in sys.argv[1:]:
             if os.path.exists(argument):
                 parser.error(f"did you mean `kv.py serve {argument}`?")
+            if KEY_RE.fullmatch(os.fsencode(argument.lower())):
+                parser.error(f"did you mean `kv.py get {argument}`?")
     options, unknown = parser.parse_known_args()
     if unknown:  # reported by the parser of the command, which knows its own --help
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -2679,6 +2679,7 @@ class CommandLine(Commands):
         ("fetch", "serve | get: invalid choice: 'fetch' (choose from *)"),
         ("$FILE", "did you mean `kv.py serve $FILE`?"),
         ("--port 1 $FILE", "did you mean `kv.py serve $FILE`?"),
+        ("$KEY", "did you mean `kv.py get $KEY`?"),
         ("--verbose serve $FILE", UNKNOWN + "--verbose"),
         ("serve", "the following arguments are required: FILE"),
         ("serve $FILE b", UNKNOWN + "b"), ("serve $FILE --prot 1", UNKNOWN + "--prot 1"),
