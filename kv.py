@@ -299,7 +299,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
-            if key not in pairs:  # a Sorted takes only keys above its last one
+            if key not in pairs:  # a Sorted accepts only keys above its last one
                 value = pair[2]
                 pairs[key] = value
                 if all_end_in_cr:
@@ -405,9 +405,9 @@ class Sorted:
         self.count = 0
         self.last_key = b""
         # A mark consists of a key, as a 128-bit number, and the offset of the newline
-        # that ends its line. The lines of higher keys begin at that offset or later; the
-        # line of this key, and those of lower keys, begin before it. The first and the
-        # last mark stand for the ends of the file.
+        # that ends its line. So a line begins at this offset or later if its key is
+        # higher, and before it if not. The first and the last mark stand for the ends of
+        # the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -431,8 +431,7 @@ class Sorted:
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             # The parser has just read this line, with the newline at its end. (If the
-            # last line has none, the offset is that of its last byte. No line begins
-            # there.)
+            # last line has none, its last byte will do: no line begins there or later.)
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, self.file.tell() - 1)
 
@@ -451,11 +450,13 @@ class Sorted:
         high_number = self.mark_numbers[mark]
         low = self.mark_offsets[mark - 1]
         high = self.mark_offsets[mark]
-        # If the key has a line, it begins at `low` or later, but before `high`; and
-        # low_number < number <= high_number. This holds for the two marks, as no version
-        # 4 UUID has the number 0 or 1 << 128. Each iteration looks at the first lines
-        # from `probe` on, where low <= probe < high, and then raises `low` or lowers
-        # `high`.
+        # At the beginning of each iteration,
+        #     low <= beginning of the key's line < high, if the key has a line, and
+        #     low_number < number <= high_number.
+        # This holds for the two marks, as no version 4 UUID has the number 0 or 1 << 128.
+        # Each iteration looks at the first lines from `probe` on, where
+        #     low <= probe < high,
+        # and then raises `low` or lowers `high`.
         probes = 0
         while low < high:
             probes += 1
@@ -464,14 +465,14 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            probe = max(low, guess - PAGE_BYTES // 2)  # below `high`, as guess <= high
+            probe = max(low, guess - PAGE_BYTES // 2)  # guess <= high, so probe < high
+            # The page may be farther on, but no line begins between it and `probe`.
             offset, page, first = self.page_with_key(probe, high, wait)
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_at(offset, page, line + PREFIX_BYTES, wait)
-            # The key is not in this page. No line begins between `probe` and the page.
-            if not first:  # nor between the page and `high`
-                high = probe  # high_number can stay: numbers only serve to guess
+            if not first:  # no line begins between `probe` and `high`
+                high = probe  # high_number can stay as it is
                 continue
             if key < first[1]:
                 high = probe
@@ -495,9 +496,10 @@ class Sorted:
         page = self.read(offset, PAGE_BYTES, wait)
         first = FIRST_KEY_RE.search(page)
         while not first and offset < high:  # the page is inside a long value
-            # A line was not found if its PREFIX_BYTES are cut off by the end of the page.
-            # So continue where they would be, at the next newline.
-            offset += max(1, len(page) - PREFIX_BYTES + 1)
+            # A line that begins in the last bytes of the page was not found, as fewer
+            # than PREFIX_BYTES of it are there. So continue at the next newline there or
+            # later.
+            offset += max(1, len(page) - (PREFIX_BYTES - 1))
             offset = self.find_newline(offset, wait)
             page = self.read(offset, PAGE_BYTES, wait)
             first = FIRST_KEY_RE.search(page)
@@ -769,9 +771,10 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
     Returns the path in it, without its first slash, and the verdict. A verdict of 200
-    says nothing about the path, which may contain any byte except a space, even CR or LF.
-    Nearly all paths are keys in the data, so the caller looks them up first, and passes
-    only those that are not found to `judge_path`, which refuses such bytes.
+    says nothing about the path, which is all from that slash to the next space, even if
+    it includes line ends. Nearly all paths are keys in the data, so the caller looks them
+    up first, and passes only those that are not found to `judge_path`, which refuses
+    paths that are malformed.
     """
     is_long = len(head) > VERDICT_BYTES
     if is_long:
@@ -1009,7 +1012,7 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         self.send_unsent()
         # Each answer is sent before the next lookup, which may have to wait for the
-        # disk: with max_bytes=1, only one request is answered.
+        # disk. (As any answer has more bytes than one, only one request is answered.)
         while not connection.must_close and b"\r\n\r\n" in connection.received:
             self.server.answer_requests(connection, self.get, max_bytes=1)
             self.send_unsent()
@@ -1098,9 +1101,7 @@ class Server(http.server.ThreadingHTTPServer):
     The loop keeps its connections in two dicts, in the order in which they began to wait
     for their clients: in `idle` for the next request, in `beginnings` for the rest of a
     head. So the first one of each is the next to expire, or to be evicted. Those that
-    belong to threads are in `handed_over`. To give one back, a thread registers its
-    socket, and then puts it in `returned`; until the loop takes it from there, the loop
-    ignores events of that socket.
+    belong to threads are in `handed_over`.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1178,18 +1179,20 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
-            # Connections of an earlier server may be left, in state TIME_WAIT. With
-            # SO_REUSEADDR, they do not count.
+            # Perhaps only closed connections of an earlier server use this port: they
+            # stay in state TIME_WAIT for a minute. SO_REUSEADDR allows binding in spite
+            # of them.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             socketserver.TCPServer.server_bind(self)
-            # But it would let another server bind to the port, too, until this one
-            # listens. So it is off again during the load.
+            # As long as this server does not listen, SO_REUSEADDR would also allow
+            # another server to bind to the port. So switch it off during the load.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
-        # Connections inherit SO_REUSEADDR. The next server can ignore only those with it.
         if os.name == "posix":
+            # Switch SO_REUSEADDR on for all connections, which inherit it: the next
+            # server can bind in spite of those in TIME_WAIT only if they have it, too.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1204,8 +1207,15 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 self.run_round()
             except Exception as error:  # MemoryError, for instance, can occur anywhere
-                self.evict_longest_waiting()  # frees memory, in case it has run out
-                self.log(f"fault in the loop: {error!r}")
+                self.recover(error)
+
+    def recover(self, error: Exception) -> None:
+        """Log an exception that was not handled, and free memory, as it may be scarce."""
+        try:
+            self.evict_longest_waiting()
+            self.log(f"fault in the loop: {error!r}")
+        except MemoryError:
+            pass  # one connection less may suffice for the next round
 
     def is_stopped(self) -> bool:
         """Return whether, after a stop, no connection is left or the time is up."""
@@ -1226,13 +1236,14 @@ class Server(http.server.ThreadingHTTPServer):
                 has_newcomer = True
                 continue
             if connection in self.handed_over:
-                # Its thread is giving it back. The event comes again in the next round,
-                # after take_back.
+                # Its thread is giving it back: see shutdown_request. The event comes
+                # again in the next round, after take_back.
                 continue
             self.try_to_receive(connection)
         if has_newcomer:
             # This comes last, as it may evict a client that has an event in this round.
-            # They get a share of each round, so that neither they nor others wait long.
+            # Newcomers get a share of each round, so that neither they nor others wait
+            # long.
             for _ in range(1 + len(events) // EVENTS_PER_NEWCOMER):
                 if not self.accept():
                     break
@@ -1445,18 +1456,19 @@ class Server(http.server.ThreadingHTTPServer):
                 self.keep(connection)
             return
         is_sent = self.send(connection)
-        has_request = b"\r\n\r\n" in connection.received  # after TURN_BYTES of answers
-        if not is_sent or has_request or connection.must_linger:
+        if not is_sent or connection.must_linger:
             self.hand_over(connection, self.now)
         elif connection.must_close:
             self.close(connection)
-        elif earlier or connection.received:
-            self.keep(connection)
-        else:
+        elif not earlier and not connection.received:
             # Nothing was left over before, and nothing is now. So it is in `idle`, and
             # this does what `keep` would do, but faster.
             connection.waiting_since = self.now
             self.idle.move_to_end(connection)
+        elif b"\r\n\r\n" in connection.received:  # requests after TURN_BYTES of answers
+            self.hand_over(connection, NEVER)
+        else:
+            self.keep(connection)
 
     def answer_requests(
             self, connection: Connection, get: Callable, max_bytes: int) -> None:
@@ -1473,15 +1485,14 @@ class Server(http.server.ThreadingHTTPServer):
                 return
             if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
                 head = head[2:]
-            must_close = True
+            must_close = True  # in case `judge` fails
             try:
                 path, verdict = judge(head)
-                _, _, must_close = verdict
+                _, _, must_close = verdict  # in case `answer` fails
                 status, body, must_close = self.answer(path, verdict, get)
             except BlockingIOError:
                 raise
             except Exception as error:
-                # Now must_close is that of the verdict, or True if `judge` failed.
                 self.report_fault(error, connection.address)
                 status = 500
                 body = INTERNAL_ERROR
@@ -1529,8 +1540,9 @@ class Server(http.server.ThreadingHTTPServer):
             if isinstance(pairs, Sorted) and isinstance(value, bytes):
                 copied += len(value)
             if copied > TURN_BYTES:
-                # A thread does not raise this: it gets bytes only for values of up to
-                # JOINED_BYTES, and a request line has room for only 216 keys.
+                # This never happens in a thread. There, `get` returns bytes only for
+                # values of up to JOINED_BYTES, and a request line has room for 216 keys:
+                # 216 * JOINED_BYTES < TURN_BYTES.
                 raise BlockingIOError("long values are left to a thread")
         if self.data.pairs is not pairs:  # a reload, while a thread was here
             return self.lines(keys, get)
@@ -1587,13 +1599,13 @@ class Server(http.server.ThreadingHTTPServer):
             size = 0
         if connection.must_close:
             # The client may still be sending: more requests during a long answer, or the
-            # body of this one. (If it is answered with 200 or 404, it has no body, which
-            # judge_fields would have refused.)
+            # body of this request. (Only GET and HEAD are answered with 200 or 404, and
+            # judge_fields refuses those with a body.)
             may_have_body = status not in (200, 404)
             connection.must_linger = may_have_body or size > PIECE_BYTES
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, size)
-        if size <= JOINED_BYTES:  # so it is no list and no StoredValue: these are longer
+        if size <= JOINED_BYTES:  # lists and StoredValues are always longer
             connection.unsent.append(answer + body)
         elif isinstance(body, list):
             connection.unsent += [answer, *body]
@@ -1603,8 +1615,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
-        line = head.partition(b"\r\n")[0][:LOG_LINE_BYTES // 8]  # a byte may become \xff
-        line = repr(line)[2:-1].replace('"', '\\"')  # escaped, without the b''
+        line = head.partition(b"\r\n")[0]
+        line = line[:LOG_LINE_BYTES // 8]  # escaped, a byte may become four characters
+        line = repr(line)[2:-1].replace('"', '\\"')  # without the b''
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
 
@@ -1659,9 +1672,9 @@ class Server(http.server.ThreadingHTTPServer):
             _thread.start_new_thread(
                 self.process_request_thread, (request, client_address))
         except (RuntimeError, MemoryError) as error:
-            self.log(f"cannot start a thread for {client_address}: {error}")
             request.must_close = True
             self.shutdown_request(request)
+            self.log(f"cannot start a thread for {client_address}: {error}")
 
     def handle_error(self, request: Connection, client_address: str) -> None:
         """Mark a connection to be closed; log the current exception if it is a fault."""
@@ -1689,7 +1702,8 @@ class Server(http.server.ThreadingHTTPServer):
                 request.socket.setblocking(False)
                 # Meanwhile, the loop may be waiting in select. If the client has sent
                 # data, epoll and kqueue notice at once (see epoll_wait(2)), and other
-                # selectors at the next tick. Until take_back, run_round ignores that.
+                # selectors at the next tick. As the connection still is in `handed_over`,
+                # the loop ignores that until it has found it in `returned`.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.must_close = True
@@ -1720,7 +1734,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop listening; close each connection when its requests have been answered."""
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
-        # Those in the queue are answered, too. Linux queues one more than it is told.
+        # Those in the queue are answered, too. On Linux it holds one more than requested.
         for _ in range(ACCEPT_QUEUE + 1):
             if not self.is_accepting or not self.accept():
                 break
@@ -1776,7 +1790,7 @@ class Signals:
 
 
 def has_sent_more(connection: Connection) -> bool:
-    """Return whether a client has sent more than the request that is being answered."""
+    """Return whether a client has sent another request, or data not yet received."""
     if b"\r\n\r\n" in connection.received:
         return True
     connection.socket.setblocking(False)  # Handlers set timeouts
@@ -2088,7 +2102,7 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
 
 @functools.lru_cache(maxsize=100)
 def opener_for(scheme: str, proxy: Optional[str]) -> urllib.request.OpenerDirector:
-    """Return what opens URLs. It is cached, as making one for TLS can take 20 ms."""
+    """Return an opener of URLs. It is cached, as making one for TLS can take 20 ms."""
     proxies = {}
     if proxy:
         proxies[scheme] = proxy
