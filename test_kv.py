@@ -2076,7 +2076,9 @@ class ReloadAndStop(Test):
     def test_its_port_is_taken_during_the_first_load(self):
         """From the beginning, also where an earlier server has left connections."""
         with Serving() as earlier:
-            earlier.ask(KEY, "Connection: close")
+            client = earlier.connect()
+            client.send(ask_for(KEY, "Connection: close"))
+            client.rest()  # so the server has closed first, which leaves TIME_WAIT
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             free_port = unused.getsockname()[1]
