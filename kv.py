@@ -92,15 +92,14 @@ VERDICT_BYTES = 2000          # longest head whose verdict is cached
 UNSENT_BYTES = 1 << 16        # unsent bytes that the system may queue for one client
 JOINED_BYTES = 1024           # longest body that is joined to its head; a longer one is
                               # sent without being copied
-JOINED_PARTS = 1024           # parts of answers to send in one call: IOV_MAX, which is
-                              # the limit of the usual systems
+JOINED_PARTS = 1024           # parts of answers to send in one call: the usual IOV_MAX
 PIECE_BYTES = 1 << 15         # bytes of a long value to read at a time
 TURN_BYTES = 1 << 18          # bytes to send to one client before others get a turn;
                               # longer answers get a thread
 # A client must take an answer within ANSWER_SECONDS + its size / ANSWER_BYTES_PER_SECOND.
 ANSWER_SECONDS = 10
 ANSWER_BYTES_PER_SECOND = 10000
-STALL_SECONDS = 10            # longest time that a client may take no part of an answer
+STALL_SECONDS = 10            # longest time a client may go without taking any data
 LINGER_SECONDS = 3            # how long to wait for a client to stop sending, before its
                               # connection is closed
 
@@ -1702,8 +1701,8 @@ class Server(http.server.ThreadingHTTPServer):
                 request.socket.setblocking(False)
                 # Meanwhile, the loop may be waiting in select. If the client has sent
                 # data, epoll and kqueue notice at once (see epoll_wait(2)), and other
-                # selectors at the next tick. As the connection still is in `handed_over`,
-                # the loop ignores that until it has found it in `returned`.
+                # selectors at the next tick. As the connection is still in `handed_over`,
+                # the loop ignores such events until it has found it in `returned`.
                 self.selector.register(request.socket, selectors.EVENT_READ, request)
             except (OSError, ValueError, MemoryError):
                 request.must_close = True

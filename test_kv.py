@@ -1737,6 +1737,19 @@ class Limits(Test):
             self.assertFalse(server.accept())
         self.assertFalse(server.is_accepting)
 
+    def test_the_loop_goes_on_if_memory_runs_out_twice(self):
+        """In a round, and in what is done about that."""
+        def run_round():
+            server.is_stopping = rounds.call_count == 2
+            raise MemoryError
+
+        server = server_here(self)
+        with unittest.mock.patch.object(server, "run_round", side_effect=run_round) \
+                as rounds, unittest.mock.patch.object(
+                    server, "evict_longest_waiting", side_effect=MemoryError):
+            server.serve_forever()
+        self.assertEqual(rounds.call_count, 2)
+
     def test_nobody_is_evicted_twice(self):
         """While a thread ends whose client is evicted, the next one is another."""
         server = server_here(self)
