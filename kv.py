@@ -58,8 +58,8 @@ import urllib.request
 import uuid
 import weakref
 from typing import (
-    BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Optional, Set,
-    Tuple, Union)
+    BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Optional, Tuple,
+    Union)
 
 __version__ = "2.0"
 
@@ -369,7 +369,7 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
 # end for "submarine".
 
 PREFIX_BYTES = KEY_BYTES + 2                              # a newline, a key and a space
-FIRST_KEY_RE = re.compile(rb"\n(" + KEY + rb") ")         # first whole key in a page
+FIRST_KEY_RE = re.compile(rb"\n(" + KEY + rb") ")         # first key in a page
 LAST_KEY_RE = re.compile(rb"(?s).*\n(" + KEY + rb") ")    # last one, as .* is greedy
 
 
@@ -385,30 +385,25 @@ class Sorted:
     """The pairs of a file that is sorted by its lower-case keys, looked up in the file.
 
     To the parser this is a dict that takes keys in ascending order only (`in`, item
-    assignment, `len`). It keeps none of the pairs, and only records, now and then, how
-    far the parser has come: a mark. To the server it has a `get` like that of a dict.
-
-    Lines are found by the newline before them. So in this class, a line begins at the
-    offset of the newline before it, which is where the line before ends. The first line
-    begins at -1, as if a newline stood there.
+    assignment, `len`). It keeps none of the pairs; it only notes the position of the
+    parser about every MARK_BYTES. To the server it has a `get` like that of a dict.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file                         # for the parser, closed after that
+        self.file = file                         # for the parser, which closes it
         self.descriptor = os.dup(file.fileno())  # for lookups
-        # A reload must not close it, because a thread may still be reading. So it is
-        # closed when nothing refers to these pairs any more.
+        # A reload must not close it, because a thread may still be reading. It is closed
+        # when nothing refers to these pairs any more.
         weakref.finalize(self, os.close, self.descriptor)
         self.stamp = stamp(self.descriptor)
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # A mark consists of a key, as a 128-bit number, and the offset of the newline
-        # that ends its line. So a line begins at this offset or later if its key is
-        # higher, and before it if not. The first and the last mark stand for the ends of
-        # the file.
+        # A mark is a key, as a 128-bit number, and the offset at which its line ends. A
+        # line with a higher key begins at that offset or later, any other line before it.
+        # The first and the last mark stand for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
-        self.mark_offsets = [-1, self.size]
+        self.mark_offsets = [0, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
         self.bytes_since_mark = 0
         # Makes preadv read only what is in memory; 0 where the system cannot do that.
@@ -419,22 +414,20 @@ class Sorted:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
-        """Return whether `key` is not above the last one, so that the parser refuses it.
-        """
+        """Return whether the parser must refuse `key`: it is not above the last one."""
         return key <= self.last_key
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
+        """Note the key of the line that the parser has just read."""
         self.last_key = key
         self.count += 1
         self.bytes_since_mark += PREFIX_BYTES + len(value)
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has just read this line, with the newline at its end. (If the
-            # last line has none, its last byte will do: no line begins there or later.)
             self.mark_numbers.insert(-1, key_number(key))
-            self.mark_offsets.insert(-1, self.file.tell() - 1)
+            self.mark_offsets.insert(-1, self.file.tell())  # the end of the line
 
-    def get(self, key: bytes, wait: bool = False) -> "Optional[Body]":
+    def get(self, key: bytes, wait: bool = False) -> "Optional[Value]":
         """Return the value of `key`, or None if there is no such key.
 
         Unless `wait` is true, raises BlockingIOError instead of reading a long value, or
@@ -445,17 +438,12 @@ class Sorted:
             return None
         number = key_number(key)
         mark = bisect.bisect_left(self.mark_numbers, number)
-        low_number = self.mark_numbers[mark - 1]
-        high_number = self.mark_numbers[mark]
         low = self.mark_offsets[mark - 1]
+        low_number = self.mark_numbers[mark - 1]
         high = self.mark_offsets[mark]
-        # At the beginning of each iteration,
-        #     low <= beginning of the key's line < high, if the key has a line, and
-        #     low_number < number <= high_number.
-        # This holds for the two marks, as no version 4 UUID has the number 0 or 1 << 128.
-        # Each iteration looks at the first lines from `probe` on, where
-        #     low <= probe < high,
-        # and then raises `low` or lowers `high`.
+        high_number = self.mark_numbers[mark]
+        # If the key has a line, it begins at `low` or later, and before `high`. Their
+        # numbers are those of keys nearby: low_number < number <= high_number.
         probes = 0
         while low < high:
             probes += 1
@@ -464,65 +452,70 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            probe = max(low, guess - PAGE_BYTES // 2)  # guess <= high, so probe < high
-            # The page may be farther on, but no line begins between it and `probe`.
+            probe = max(low, guess - PAGE_BYTES // 2)  # the guess is in the middle
             offset, page, first = self.page_with_key(probe, high, wait)
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
-                return self.value_at(offset, page, line + PREFIX_BYTES, wait)
-            if not first:  # no line begins between `probe` and `high`
-                high = probe  # high_number can stay as it is
+                return self.value_at(offset + line + PREFIX_BYTES - 1,
+                                     page, line + PREFIX_BYTES, wait)
+            if not first:  # no line begins from `probe` to `high`
+                high = probe
                 continue
+            last = LAST_KEY_RE.match(page)  # it may be the first one as well
             if key < first[1]:
                 high = probe
                 high_number = key_number(first[1])
-                continue
-            last = LAST_KEY_RE.match(page)  # it may be the first one as well
-            if key < last[1]:  # the line would be between these two
+            elif key > last[1]:
+                low = offset + PAGE_BYTES
+                low_number = key_number(last[1])
+            else:  # the line would be between these two
                 return None
-            low = offset + last.start(1)  # just after the beginning of the last line
-            low_number = key_number(last[1])
         return None
 
     def page_with_key(
             self, offset: int, high: int, wait: bool
     ) -> "Tuple[int, bytes, Optional[re.Match]]":
-        """Return the first page from `offset` on that has a whole key.
+        """Return the first page at `offset` or later in which a line begins.
 
-        Returns its offset, the page, and the match of FIRST_KEY_RE. That is None only if
-        no line begins from `offset` to `high`. The page may also be beyond `high`.
+        Returns its offset, the page, and the match of FIRST_KEY_RE, which is None only
+        if no line begins from `offset` to `high`.
         """
-        page = self.read(offset, PAGE_BYTES, wait)
+        page = self.read_page(offset, wait)
         first = FIRST_KEY_RE.search(page)
-        while not first and offset < high:  # the page is inside a long value
-            # A line that begins in the last bytes of the page was not found, as fewer
-            # than PREFIX_BYTES of it are there. So continue at the next newline there or
-            # later.
-            offset += max(1, len(page) - (PREFIX_BYTES - 1))
-            offset = self.find_newline(offset, wait)
-            page = self.read(offset, PAGE_BYTES, wait)
+        while not first and offset + PAGE_BYTES < high:  # it is inside a long value
+            newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
+            offset = newline + 1
+            page = self.read_page(offset, wait)
             first = FIRST_KEY_RE.search(page)
-            is_end = len(page) < PAGE_BYTES
-            if not first and not is_end and not wait:  # many empty lines, for example
+            if not first and offset < high and not wait:  # many empty lines, perhaps
                 raise BlockingIOError("a long search is left to a thread")
         return offset, page, first
 
-    def value_at(self, offset: int, page: bytes, index: int, wait: bool) -> "Body":
-        """Return the value that begins at `index` of the page that begins at `offset`.
+    def read_page(self, offset: int, wait: bool) -> bytes:
+        """Read a page: PAGE_BYTES from `offset` on, and what is needed to find its lines.
+
+        That is the byte before it, which is a newline if a line begins at `offset`, and
+        enough bytes after it to have the whole key of each line that begins in it.
+        """
+        if offset == 0:
+            return b"\n" + self.read(0, PAGE_BYTES + PREFIX_BYTES - 2, wait)
+        return self.read(offset - 1, PAGE_BYTES + PREFIX_BYTES - 1, wait)
+
+    def value_at(self, offset: int, page: bytes, index: int, wait: bool) -> "Value":
+        """Return the value that begins at `offset`, which is at `index` of a page.
 
         If `wait` is true, a long value is a StoredValue, which threads send in pieces.
         """
-        start = offset + index
-        end = page.find(b"\n", index)
-        if end >= 0:
-            size = end - index
+        newline = page.find(b"\n", index)
+        if newline >= 0:
+            size = newline - index
         else:  # the value continues past the page
-            size = self.find_newline(start, wait) - start
+            size = self.find_newline(offset, wait) - offset
         if wait and size > JOINED_BYTES:
-            return StoredValue(self, start, size)
-        if end >= 0:
-            return page[index:end]
-        return self.read(start, size, wait)
+            return StoredValue(self, offset, size)
+        if newline >= 0:
+            return page[index:newline]
+        return self.read(offset, size, wait)
 
     def find_newline(self, offset: int, wait: bool) -> int:
         """Return the offset of the next newline from `offset` on, or the file's size."""
@@ -539,10 +532,8 @@ class Sorted:
     def read(self, offset: int, size: int, wait: bool) -> bytes:
         """Return `size` bytes from `offset` on, or fewer at the end of the file.
 
-        At offset -1, returns a newline and then `size` bytes. Raises what `get` raises.
+        Raises the same exceptions as `get`.
         """
-        if offset < 0:
-            return b"\n" + self.read(0, size, wait)
         try:
             if wait or not self.nowait_flag:
                 content = os.pread(self.descriptor, size, offset)
@@ -557,7 +548,7 @@ class Sorted:
         if len(content) < size and not is_at_end:
             if wait:
                 raise Unreadable(f"cannot be read beyond byte {offset + len(content)}")
-            raise BlockingIOError("only a part of it is in memory")
+            raise BlockingIOError("only a part of this range is in memory")
         return content
 
     def read_from_memory(self, offset: int, size: int) -> bytes:
@@ -732,6 +723,7 @@ Verdict = Tuple[int, bytes, bool]
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                       # RFC 9110 section 5.6.2
 TOKEN_RE = re.compile(TOKEN)
 VERSION_RE = re.compile(rb"HTTP/[0-9]\.[0-9]")                # RFC 9112 section 2.3
+VERSION_1_RE = re.compile(rb"HTTP/1\.[0-9]")
 FIELD_RE = re.compile(                                        # RFC 9112 section 5
     rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
 TARGET_RE = re.compile(                                       # RFC 3986 appendix A, but
@@ -769,49 +761,30 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the path in it, without its first slash, and the verdict. A verdict of 200
-    says nothing about the path, which is all from that slash to the next space, even if
-    it includes line ends. Nearly all paths are keys in the data, so the caller looks them
-    up first, and passes only those that are not found to `judge_path`, which refuses
-    paths that are malformed.
+    Returns the path in it, without its first slash, and the verdict. If that is 200, the
+    path may be malformed: nearly all paths are keys in the data, so the caller looks them
+    up first, and only if that finds nothing, has them judged by `judge_path`.
     """
-    is_long = len(head) > VERDICT_BYTES
-    if is_long:
-        too_long = judge_length(head + b"\r\n\r\n")
-        if too_long:
-            return b"", too_long
     words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
-    method, target, rest = words
-    if is_long:  # if these were cached, clients could make the server use much memory
-        verdict = judge_fields(method, rest)
-    else:
-        verdict = judge_fields_cached(method, rest)
-    status = verdict[0]
-    if status == 200 and target[:1] == b"/":  # nearly always
+    method, target, version_and_fields = words
+    if len(head) <= VERDICT_BYTES:
+        verdict = judge_fields_cached(method, version_and_fields)
+    else:  # if these were cached, clients could make the server use much memory
+        too_long = judge_length(head + b"\r\n\r\n")
+        if too_long:
+            return b"", too_long
+        verdict = judge_fields(method, version_and_fields)
+    if verdict[0] == 200 and target.startswith(b"/"):  # nearly always
         return target[1:], verdict
-    # In all other cases, the target is judged here. If it is malformed, that is what the
-    # client is told, whatever else is wrong.
-    if not TARGET_RE.fullmatch(target):
-        return b"", MALFORMED_LINE
-    if verdict in (MALFORMED_LINE, OTHER_VERSION):
-        return b"", verdict
-    # The forms of a target in HTTP/1.1 (RFC 9112 section 3.2)
-    if target.startswith(b"/"):
-        return target[1:], verdict
-    absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
-    if absolute:
-        return absolute[1] or b"", verdict
-    if method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"):
-        return b"", verdict  # these two have no path
-    return b"", WRONG_FORM
+    line = head.partition(b"\r\n")[0]
+    path, line_refused = judge_line(line)
+    return path, line_refused or verdict
 
 
 def judge_length(head: bytes) -> Optional[Verdict]:
-    """Return a refusal if a head, or the part received so far, is too long; else None."""
-    if len(head) <= LINE_BYTES:
-        return None
+    """Return a refusal if a head, or the beginning of one, is too long; else None."""
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     if len(line) > LINE_BYTES:
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
@@ -825,24 +798,53 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     return None
 
 
-def judge_fields(method: bytes, rest: bytes) -> Verdict:
-    """Judge everything in a head except its target."""
-    version, *lines = rest.split(b"\r\n")
-    if not TOKEN_RE.fullmatch(method) or not VERSION_RE.fullmatch(version):
-        return MALFORMED_LINE
-    if not version.startswith(b"HTTP/1."):
-        return OTHER_VERSION
+def judge_line(line: bytes) -> Tuple[bytes, Optional[Verdict]]:
+    """Judge a complete request line.
 
-    fields = collections.defaultdict(list)  # the values of each name
-    for line in lines:
+    Returns the path in it, without its first slash, and a refusal or None.
+    """
+    words = line.split(b" ")
+    if len(words) != 3:
+        return b"", MALFORMED_LINE
+    method, target, version = words
+    if not TOKEN_RE.fullmatch(method):
+        return b"", MALFORMED_LINE
+    if not TARGET_RE.fullmatch(target):
+        return b"", MALFORMED_LINE
+    if not VERSION_RE.fullmatch(version):
+        return b"", MALFORMED_LINE
+    if not version.startswith(b"HTTP/1."):
+        return b"", OTHER_VERSION
+    # The forms of a target in HTTP/1.1 (RFC 9112 section 3.2)
+    if target.startswith(b"/"):
+        return target[1:], None
+    absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
+    if absolute:
+        return absolute[1] or b"", None
+    if method == b"CONNECT" or (method, target) == (b"OPTIONS", b"*"):
+        return b"", None  # these two have no path
+    return b"", WRONG_FORM
+
+
+def judge_fields(method: bytes, version_and_fields: bytes) -> Verdict:
+    """Judge all of a head except its target.
+
+    If method or version are invalid, the verdict is not 200, so `judge_line` is called,
+    which says what is wrong with them.
+    """
+    version, *fields = version_and_fields.split(b"\r\n")
+    if not VERSION_1_RE.fullmatch(version):
+        return MALFORMED_LINE
+    values = collections.defaultdict(list)  # the values of each field name
+    for line in fields:
         if b"\r" in line or b"\n" in line:
             return BARE_LINE_END
         field = FIELD_RE.fullmatch(line)
         if not field:
             return refusal(400, "malformed header field (RFC 9112 section 5)")
-        fields[field[1].lower()].append(field[2].strip(b"\t "))
+        values[field[1].lower()].append(field[2].strip(b"\t "))
 
-    hosts = fields[b"host"]
+    hosts = values[b"host"]
     if not hosts and version != b"HTTP/1.0":
         return refusal(400, "missing Host header (RFC 9112 section 3.2)")
     if len(hosts) > 1:
@@ -851,8 +853,8 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
         return refusal(400, "malformed Host header (RFC 9112 section 3.2)")
 
     # A body is never read: the connection is closed after the answer.
-    lengths = fields[b"content-length"]
-    codings = fields[b"transfer-encoding"]
+    lengths = values[b"content-length"]
+    codings = values[b"transfer-encoding"]
     has_body = bool(codings) or lengths not in ([], [b"0"])
     if lengths and codings:
         return refusal(
@@ -867,11 +869,11 @@ def judge_fields(method: bytes, rest: bytes) -> Verdict:
     if has_body and method in (b"GET", b"HEAD"):
         return refusal(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
 
-    expectations = list_elements(fields[b"expect"])
-    if fields[b"expect"] and set(expectations) != {b"100-continue"}:
+    expectations = list_elements(values[b"expect"])
+    if values[b"expect"] and set(expectations) != {b"100-continue"}:
         return refusal(417, "unsupported Expect header (RFC 9110 section 10.1.1)")
 
-    options = list_elements(fields[b"connection"])  # RFC 9112 section 9.3
+    options = list_elements(values[b"connection"])  # RFC 9112 section 9.3
     must_close = has_body or version == b"HTTP/1.0" or b"close" in options
     if method == b"OPTIONS":
         return 204, b"", must_close
@@ -912,8 +914,8 @@ def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
 def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     """Return a refusal if the beginning of a head is already invalid, or None.
 
-    Judges the request line, line ends and the length. This lets bad requests be refused
-    before they are complete.
+    Judges the length, the request line and line ends, so that bad requests are refused
+    before they are complete. Fields are judged when the head is complete.
     """
     if beginning.startswith(b"\r\n"):  # one empty line may precede (RFC 9112 section 2.2)
         beginning = beginning[2:]
@@ -921,17 +923,12 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     if too_long:
         return too_long
     line, line_end, _ = beginning.partition(b"\r\n")
-    if not line_end:
-        if LINE_BEGINNING_RE.fullmatch(line):
-            return None
+    if line_end:
+        _, line_refused = judge_line(line)
+        if line_refused:
+            return line_refused
+    elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    # The line is complete, so it is judged, together with a made-up field.
-    path, verdict = judge(line + b"\r\nHost: kv")
-    if verdict[0] == 200:
-        _, verdict = judge_path(path)
-    # These three do not depend on fields. Other verdicts have to wait for the real ones.
-    if verdict in (MALFORMED_LINE, WRONG_FORM, OTHER_VERSION):
-        return verdict
     if BARE_LINE_END_RE.search(beginning):
         return BARE_LINE_END
     return None
@@ -967,6 +964,16 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
     return "\r\n".join(lines + ["", ""]).encode()
 
 
+def lines(keys: List[bytes], get: Callable) -> List[Value]:
+    """Return the lines of those keys that `get` finds, in the same order, in parts."""
+    parts = []
+    for key in dict.fromkeys(keys):  # each key only once
+        value = get(key)
+        if value is not None:
+            parts += [key + b" ", value, b"\n"]
+    return parts
+
+
 # ---------------------------------------------------------------------------
 # Threads
 
@@ -977,63 +984,55 @@ class Connection:
     """What the server knows about one client."""
 
     __slots__ = (
-        "socket", "address", "received", "unsent", "must_close", "must_linger",
-        "waiting_since")
+        "socket", "address", "queue", "waiting_since", "received", "judged_bytes",
+        "needs_disk", "unsent", "must_close", "must_linger")
 
     def __init__(self, client_socket: socket.socket, address: str) -> None:
         self.socket = client_socket
         self.address = address
+        # The one of the server's three queues that the connection is in.
+        self.queue: "Queue" = {}
+        # The time.monotonic() at which the server began to wait for the client: for a
+        # request, for the rest of one, or for the client to take an answer. It is NEVER
+        # while the server does not wait for the client.
+        self.waiting_since = NEVER
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
+        # How much of it has been judged and was found to be a valid beginning.
+        self.judged_bytes = 0
+        # Whether the lookup for the next request has to wait for the disk.
+        self.needs_disk = False
         # What the client has not taken yet: bytes, memoryview, StoredValue.
         self.unsent: list = []
         # Whether to close the connection once everything has been sent.
         self.must_close = False
         # Whether to linger before that, because the client may still be sending.
         self.must_linger = False
-        # The time.monotonic() at which the server began to wait for the client: for a
-        # request, for the rest of one, or for the client to take an answer. It is NEVER
-        # while the server does not wait for the client.
-        self.waiting_since = NEVER
+
+
+Queue = Dict[Connection, None]  # a set that is in order
 
 
 class Handler(socketserver.BaseRequestHandler):
-    """Serves a client that would hold up the loop: plain blocking code, in a thread.
+    """Waits for one client, or for the disk: plain blocking code, in a thread.
 
-    What socketserver calls a request is a Connection here. For each one that is handed
-    over, ThreadingMixIn.process_request_thread makes a Handler, which calls `handle`. If
-    that raises an exception, it calls Server.handle_error; in the end, it always calls
+    What socketserver calls a request is a Connection here. In a new thread,
+    ThreadingMixIn.process_request_thread makes a Handler, which calls `handle`. If that
+    raises an exception, it calls Server.handle_error; in the end, it always calls
     Server.shutdown_request, which closes the connection or gives it back to the loop.
     """
 
     def handle(self) -> None:
-        """Send what is unsent, and answer the requests that follow."""
+        """Do what has to wait, and leave everything else to the loop."""
         connection = self.request
         self.send_unsent()
-        # Each answer is sent before the next lookup, which may have to wait for the
-        # disk. (As any answer has more bytes than one, only one request is answered.)
-        while not connection.must_close and b"\r\n\r\n" in connection.received:
-            self.server.answer_requests(connection, self.get, max_bytes=1)
-            self.send_unsent()
-        # The loop judges a beginning only when more of it arrives. So what is left is
-        # judged here.
-        if not connection.must_close:
-            self.server.refuse_beginning(connection)
+        if connection.needs_disk:
+            connection.needs_disk = False
+            connection.waiting_since = NEVER
+            self.server.answer_next(connection, wait=True)
             self.send_unsent()
         if connection.must_close:  # the client may have sent more, so always linger
             self.linger()
-
-    def get(self, key: bytes) -> Optional[Value]:
-        """Look up a key like dict.get, waiting for the disk if necessary."""
-        pairs = self.server.data.pairs
-        if isinstance(pairs, Sorted):
-            return pairs.get(key, wait=True)
-        value = pairs.get(key)
-        if value is None and pairs is not self.server.data.pairs:
-            # Data.reload replaces the dict before it empties the old one. So the key may
-            # just have been removed from that.
-            return self.get(key)
-        return value
 
     def send_unsent(self) -> None:
         """Send what is unsent. Raises OSError if the client does not take it in time."""
@@ -1058,9 +1057,8 @@ class Handler(socketserver.BaseRequestHandler):
             if seconds <= 0:
                 raise socket.timeout("the answer was not taken in time")
             connection.socket.settimeout(seconds)
-            sent = connection.socket.send(rest[:TURN_BYTES])
+            sent = connection.socket.send(rest)
             rest = rest[sent:]
-        connection.waiting_since = NEVER
 
     def linger(self) -> None:
         """Shut down the sending side, and briefly discard what the client still sends.
@@ -1071,9 +1069,6 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         connection.socket.shutdown(socket.SHUT_WR)
         now = time.monotonic()
-        # If the loop has sent the answer, the server has been waiting since then.
-        if connection.waiting_since == NEVER:
-            connection.waiting_since = now
         deadline = now + LINGER_SECONDS
         while now < deadline:
             connection.socket.settimeout(deadline - now)
@@ -1097,10 +1092,11 @@ class Server(http.server.ThreadingHTTPServer):
     memory. Making the socket and running a Handler in a thread are inherited from
     ThreadingHTTPServer; serve_forever is overridden.
 
-    The loop keeps its connections in two dicts, in the order in which they began to wait
-    for their clients: in `idle` for the next request, in `beginnings` for the rest of a
-    head. So the first one of each is the next to expire, or to be evicted. Those that
-    belong to threads are in `handed_over`.
+    Each connection is in one of three queues. Those in `idle` wait for a request, and
+    those in `beginnings` for the rest of one; the first in each has waited longest, so it
+    is the next to expire, or to be evicted. Those in `handed_over` belong to a thread,
+    which only puts them into `returned` and wakes the loop when it has done its work.
+    All else that is here, and the selector, belong to the loop.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1116,14 +1112,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.data = data
         self.log = log
         self.signals = signals
-        # Each connection is in exactly one of the first three.
-        self.idle: "collections.OrderedDict[Connection, None]" = collections.OrderedDict()
-        self.beginnings: "collections.OrderedDict[Connection, None]" = (
-            collections.OrderedDict())
-        self.handed_over: Set[Connection] = set()
-        self.returned: Deque[Connection] = collections.deque()  # threads are done with it
+        self.idle: Queue = collections.OrderedDict()
+        self.beginnings: Queue = collections.OrderedDict()
+        self.handed_over: Queue = collections.OrderedDict()
+        self.returned: Deque[Connection] = collections.deque()
         self.max_connections = options.max_connections
         self.selector = selectors.DefaultSelector()
+        # Threads wake the loop by sending a byte from one of these sockets to the other.
+        self.wake_receiver, self.wake_sender = socket.socketpair()
         self.is_accepting = False            # whether the listening socket is registered
         self.now = time.monotonic()          # at the beginning of this round of the loop
         self.next_tick = self.now
@@ -1133,7 +1129,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.was_busy = False                # whether the last round had requests
         # On a single processor, polling would take time from the clients.
         self.can_poll = processor_count() > 1
-        self.reload: Optional[Iterator[None]] = None   # one that is under way
+        self.reload: Optional[Iterator[None]] = None   # the one in progress, if any
         self.next_step = self.now            # earliest time for its next step
         self.is_stopping = False
         self.stop_deadline = NEVER           # a time.monotonic()
@@ -1162,12 +1158,20 @@ class Server(http.server.ThreadingHTTPServer):
         # Without Nagle's algorithm, an answer does not wait until the client has
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Limit the queue of unsent data. A Handler notices that a slow client takes its
-        # answer only when the queue has become shorter, and if it were long, that could
-        # take more than STALL_SECONDS.
+        # When a client is slow, more can be sent only once the system's queue of unsent
+        # data is shorter than this. With a long queue, a client that takes data all the
+        # time would seem to have stalled.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+    # SO_REUSEADDR lets a server bind to a port although closed connections of an earlier
+    # one are still in state TIME_WAIT there, if those have the option, too. But it also
+    # lets two servers bind to the same port as long as neither listens. So it is set
+    #     - not for the first attempt to bind, which fails if another server has the port;
+    #     - for a second attempt, which fails only then;
+    #     - not while the data is loaded;
+    #     - when the server listens, as all connections inherit it.
 
     def server_bind(self) -> None:
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
@@ -1178,20 +1182,13 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
-            # Perhaps only closed connections of an earlier server use this port: they
-            # stay in state TIME_WAIT for a minute. SO_REUSEADDR allows binding in spite
-            # of them.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             socketserver.TCPServer.server_bind(self)
-            # As long as this server does not listen, SO_REUSEADDR would also allow
-            # another server to bind to the port. So switch it off during the load.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
         if os.name == "posix":
-            # Switch SO_REUSEADDR on for all connections, which inherit it: the next
-            # server can bind in spite of those in TIME_WAIT only if they have it, too.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1199,7 +1196,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self) -> None:
         """Answer requests until a signal asks for a stop and no connection is left."""
-        self.socket.setblocking(False)
+        for own_socket in (self.socket, self.wake_receiver, self.wake_sender):
+            own_socket.setblocking(False)
+        self.selector.register(self.wake_receiver, selectors.EVENT_READ)
         self.now = time.monotonic()
         self.service_actions()
         while not self.is_stopped():
@@ -1214,7 +1213,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.evict_longest_waiting()
             self.log(f"fault in the loop: {error!r}")
         except MemoryError:
-            pass  # one connection less may suffice for the next round
+            pass  # one connection fewer may suffice for the next round
 
     def is_stopped(self) -> bool:
         """Return whether, after a stop, no connection is left or the time is up."""
@@ -1226,19 +1225,16 @@ class Server(http.server.ThreadingHTTPServer):
         """Wait for events, handle them, and do any other work that is due."""
         events = self.wait()
         self.now = time.monotonic()
-        if self.returned:
-            self.take_back()
         has_newcomer = False
         for key, _ in events:
-            connection = key.data
-            if connection is None:  # the listening socket
+            if key.data:
+                self.attempt(self.receive, key.data)
+            elif key.fileobj is self.socket:
                 has_newcomer = True
-                continue
-            if connection in self.handed_over:
-                # Its thread is giving it back: see shutdown_request. The event comes
-                # again in the next round, after take_back.
-                continue
-            self.try_to_receive(connection)
+            else:
+                self.wake_receiver.recv(RECEIVE_BYTES)
+        while self.returned:
+            self.take_back(self.returned.popleft())
         if has_newcomer:
             # This comes last, as it may evict a client that has an event in this round.
             # Newcomers get a share of each round, so that neither they nor others wait
@@ -1254,9 +1250,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def wait(self) -> list:
         """Return events of the selector; wait up to TICK_SECONDS if there are none."""
-        if os.name == "nt" and not self.selector.get_map():
-            time.sleep(TICK_SECONDS)  # on Windows, select fails when given no sockets
-            return []
         events = self.selector.select(0)
         if events:
             return events
@@ -1288,10 +1281,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.send(connection)  # what the client does not take now is lost
             self.close(connection)
 
-    def overdue(self, waiting: Iterable[Connection], seconds: float) -> List[Connection]:
-        """Return those of `waiting` that have waited longer than `seconds`."""
+    def overdue(self, queue: Queue, seconds: float) -> List[Connection]:
+        """Return the connections in a queue that have waited longer than `seconds`."""
         limit = self.now - seconds
-        return list(itertools.takewhile(lambda c: c.waiting_since < limit, waiting))
+        return list(itertools.takewhile(lambda c: c.waiting_since < limit, queue))
 
     def step_reload(self) -> None:
         """Take a step of a reload, unless it is the turn of requests."""
@@ -1321,7 +1314,7 @@ class Server(http.server.ThreadingHTTPServer):
         except BlockingIOError:  # none is waiting: another process may have accepted it
             return False
         except OSError as error:
-            if error.errno == errno.ECONNABORTED:  # this client has gone
+            if error.errno == errno.ECONNABORTED:  # this client has disconnected
                 return True
             if error.errno in OUT_OF_RESOURCES and self.evict_longest_waiting():
                 return True  # the next try may succeed
@@ -1336,16 +1329,24 @@ class Server(http.server.ThreadingHTTPServer):
         if isinstance(address, tuple):
             name = address[0]
         connection = Connection(client_socket, name)
+        if self.register(connection):
+            # Often, the request is already there. It is taken now, before more newcomers
+            # are accepted, which might evict this one: begin_stop may accept a thousand.
+            self.attempt(self.receive, connection)
+        return True
+
+    def register(self, connection: Connection) -> bool:
+        """Wait for what a client sends. Closes the connection if that is impossible.
+
+        Returns whether it is possible.
+        """
         try:
-            client_socket.setblocking(False)
-            self.selector.register(client_socket, selectors.EVENT_READ, connection)
-        except (OSError, MemoryError):
-            client_socket.close()
-            return True
+            connection.socket.setblocking(False)
+            self.selector.register(connection.socket, selectors.EVENT_READ, connection)
+        except (OSError, ValueError, MemoryError):
+            self.close(connection)
+            return False
         self.keep(connection)
-        # Often, the request is already there. It is taken now, before more newcomers are
-        # accepted, which might evict this one: begin_stop accepts very many.
-        self.try_to_receive(connection)
         return True
 
     def pause_accepting(self) -> None:
@@ -1371,12 +1372,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Close the connection that has waited longest for its client.
 
         Returns whether its descriptor is free now: false if none waits, or if a thread
-        has yet to close it.
+        has yet to close it. (SPARE_DESCRIPTORS has room for a few of these.)
         """
         longest = self.longest_waiting()
         if not longest:
             return False
-        if longest not in self.handed_over:
+        if longest.queue is not self.handed_over:
             self.close(longest)
             return True
         longest.waiting_since = NEVER  # do not evict it again while its thread ends
@@ -1386,170 +1387,141 @@ class Server(http.server.ThreadingHTTPServer):
             pass  # it is closed already
         return False
 
-    def keep(self, connection: Connection) -> None:
-        """Put a connection last among those that wait for their clients."""
-        connection.waiting_since = self.now
-        self.idle.pop(connection, None)
-        self.beginnings.pop(connection, None)
-        if connection.received.strip(b"\r\n"):  # more than an empty line
-            self.beginnings[connection] = None
-        else:
-            self.idle[connection] = None
+    def move(self, connection: Connection, queue: Queue) -> None:
+        """Put a connection last in one of the queues."""
+        if connection.queue is not queue:
+            connection.queue.pop(connection, None)
+            connection.queue = queue
+            queue[connection] = None
+        queue.move_to_end(connection)
 
-    def forget(self, connection: Connection) -> None:
-        """Stop tracking a connection in the loop."""
-        self.idle.pop(connection, None)
-        self.beginnings.pop(connection, None)
+    def keep(self, connection: Connection) -> None:
+        """Wait for the next request of a connection, or for the rest of one, from now on.
+        """
+        connection.waiting_since = self.now
+        queue = self.idle
+        if connection.received.strip(b"\r\n"):  # more than an empty line
+            queue = self.beginnings
+        self.move(connection, queue)
+
+    def close(self, connection: Connection) -> None:
+        """Close a connection that does not belong to a thread."""
+        connection.queue.pop(connection, None)
+        self.unregister(connection)
+        connection.socket.close()
+
+    def unregister(self, connection: Connection) -> None:
+        """Stop waiting for what a client sends."""
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # it is not registered: hand_over has failed
-
-    def close(self, connection: Connection) -> None:
-        """Close a connection that the loop tracks."""
-        self.forget(connection)
-        connection.socket.close()
+            pass  # it is not registered
 
     # Requests
 
-    def try_to_receive(self, connection: Connection) -> None:
-        """Call `receive`; if it fails, log that and close the connection."""
+    def attempt(self, step: Callable[[Connection], None], connection: Connection) -> None:
+        """Call `step` for a connection; if that fails, log it and close the connection.
+        """
         try:
-            self.receive(connection)
+            step(connection)
         except Exception:
             self.close(connection)
             self.handle_error(connection, connection.address)
 
     def receive(self, connection: Connection) -> None:
-        """Take what a client has sent, and answer all complete requests in it."""
+        """Take what a client has sent, and see to it."""
         try:
             data = connection.socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return
         except OSError:  # the client has reset the connection
             data = b""
-        if not data:
+        if data:
+            connection.received += data
+            self.proceed(connection)
+        else:
             self.close(connection)
-            return
-        earlier = connection.received  # the beginning of a head
-        connection.received = earlier + data
+
+    def proceed(self, connection: Connection) -> None:
+        """Answer the requests that a connection has received, and decide what is next."""
+        size = 0
         try:
-            self.answer_requests(connection, self.data.pairs.get, TURN_BYTES)
+            while connection.received and size < TURN_BYTES and not connection.must_close:
+                answer_size = self.answer_next(connection)
+                if not answer_size:  # the request is not complete
+                    break
+                size += answer_size
         except BlockingIOError:
-            # A thread sends the answers made so far, and then waits for the disk.
-            self.hand_over(connection, NEVER)
+            connection.needs_disk = True
+            self.hand_over(connection)
             return
-        if connection.received and not connection.must_close:
-            # A beginning is judged when it is new, when a line may have ended, and when
-            # its length passes a limit (+ 2, as an empty line may precede the head). To
-            # judge it after each byte would take quadratic time.
-            recent = earlier[-1:] + data  # a CR that came earlier may turn out to be bare
-            has_line_end = b"\r" in recent or b"\n" in recent
-            has_passed_limit = any(
-                len(earlier) <= limit < len(connection.received)
-                for limit in (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2))
-            if not earlier or has_line_end or has_passed_limit:
-                self.refuse_beginning(connection)
-        if not connection.unsent:  # no head is complete yet
-            if connection not in self.beginnings:  # there, it keeps its place
+        if not connection.unsent:
+            if connection.queue is not self.beginnings:  # there, it keeps its place
                 self.keep(connection)
-            return
-        is_sent = self.send(connection)
-        if not is_sent or connection.must_linger:
-            self.hand_over(connection, self.now)
+        elif not self.send(connection) or connection.must_linger:
+            self.hand_over(connection)
         elif connection.must_close:
             self.close(connection)
-        elif not earlier and not connection.received:
-            # Nothing was left over before, and nothing is now. So it is in `idle`, and
-            # this does what `keep` would do, but faster.
-            connection.waiting_since = self.now
-            self.idle.move_to_end(connection)
-        elif b"\r\n\r\n" in connection.received:  # requests after TURN_BYTES of answers
-            self.hand_over(connection, NEVER)
         else:
             self.keep(connection)
 
-    def answer_requests(
-            self, connection: Connection, get: Callable, max_bytes: int) -> None:
-        """Answer complete requests in what a connection has received.
+    def answer_next(self, connection: Connection, wait: bool = False) -> int:
+        """Answer the next request if it is complete, or if it can already be refused.
 
-        `get` looks up a key like dict.get. If it raises BlockingIOError, that request and
-        those after it remain in `received`, as do those after `max_bytes` of answers.
-        Handlers call this, too.
+        Returns the size of the answer, or 0 if there is none. Raises BlockingIOError if a
+        lookup would have to wait for the disk, unless `wait` is true; then the request
+        remains in `received`. Handlers call this, too.
         """
-        size = 0
-        while size < max_bytes and not connection.must_close:
-            head, head_end, rest = connection.received.partition(b"\r\n\r\n")
-            if not head_end:
-                return
-            if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
-                head = head[2:]
-            must_close = True  # in case `judge` fails
-            try:
-                path, verdict = judge(head)
-                _, _, must_close = verdict  # in case `answer` fails
-                status, body, must_close = self.answer(path, verdict, get)
-            except BlockingIOError:
-                raise
-            except Exception as error:
-                self.report_fault(error, connection.address)
-                status = 500
-                body = INTERNAL_ERROR
-            connection.received = rest
-            if self.is_stopping and not has_sent_more(connection):
-                must_close = True
-            connection.must_close = must_close
-            size += self.add_answer(connection, head, status, body)
-            if must_close and rest:  # the client has sent more, and may still be sending
-                connection.must_linger = True
+        head, head_end, rest = connection.received.partition(b"\r\n\r\n")
+        if not head_end:
+            return self.refuse_beginning(connection)
+        if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
+            head = head[2:]
+        status, body, must_close = self.answer(head, connection.address, wait)
+        connection.received = rest
+        connection.judged_bytes = 0
+        if self.is_stopping and not has_sent_more(connection):
+            must_close = True
+        connection.must_close = must_close
+        return self.add_answer(connection, head, status, body)
 
-    def answer(
-            self, path: bytes, verdict: Verdict, get: Callable) -> Tuple[int, Body, bool]:
-        """Return status and body of an answer, and whether it ends its connection."""
-        status, text, must_close = verdict
-        if status != 200:
-            return status, text, must_close
-        value = get(path)
-        if value is not None:
-            return 200, value, must_close
-        # The path itself is not a key in the data.
-        keys, refused = judge_path(path)
-        if refused:
-            status, text, refusal_closes = refused
-            return status, text, must_close or refusal_closes
-        if not keys:
-            return 200, self.status_page(), must_close
-        if len(keys) > 1:
-            return 200, self.lines(keys, get), must_close
-        value = get(keys[0])  # it may differ from the path in case, for example
-        if value is None:
-            return 404, KEY_NOT_FOUND, must_close
-        return 200, value, must_close
+    def answer(self, head: bytes, address: str, wait: bool) -> Tuple[int, Body, bool]:
+        """Return status and body of an answer, and whether to close its connection.
 
-    def lines(self, keys: List[bytes], get: Callable) -> Body:
-        """Return the lines of those keys that are in the data, in the same order."""
-        pairs = self.data.pairs
-        parts = []
-        copied = 0
-        for key in dict.fromkeys(keys):  # each key only once
-            value = get(key)
+        If there is a fault, logs it and returns an answer that says so.
+        """
+        must_close = True  # if `judge` fails, it is not known where the request ends
+        try:
+            path, verdict = judge(head)
+            status, text, must_close = verdict
+            if status != 200:
+                return verdict
+            get = self.data.pairs.get
+            if wait:  # only the lookup in a Sorted may have to
+                get = functools.partial(get, wait=True)
+            value = get(path)
+            if value is not None:
+                return 200, value, must_close
+            # The path itself is not a key in the data.
+            keys, refused = judge_path(path)
+            if refused:
+                status, text, refusal_closes = refused
+                return status, text, must_close or refusal_closes
+            if not keys:
+                return 200, self.status_page(), must_close
+            if len(keys) > 1:
+                if isinstance(self.data.pairs, Sorted) and not wait:
+                    raise BlockingIOError("a long search is left to a thread")
+                return 200, lines(keys, get), must_close
+            value = get(keys[0])  # it may differ from the path in case, for example
             if value is None:
-                continue
-            parts += [key + b" ", value, b"\n"]
-            if isinstance(pairs, Sorted) and isinstance(value, bytes):
-                copied += len(value)
-            if copied > TURN_BYTES:
-                # This never happens in a thread. There, `get` returns bytes only for
-                # values of up to JOINED_BYTES, and a request line has room for 216 keys:
-                # 216 * JOINED_BYTES < TURN_BYTES.
-                raise BlockingIOError("long values are left to a thread")
-        if self.data.pairs is not pairs:  # a reload, while a thread was here
-            return self.lines(keys, get)
-        # If these are long, they are not joined: that would copy the values.
-        longest = max(map(len, parts), default=0)
-        if longest > JOINED_BYTES or sum(map(len, parts)) > PIECE_BYTES:
-            return parts
-        return b"".join(parts)
+                return 404, KEY_NOT_FOUND, must_close
+            return 200, value, must_close
+        except BlockingIOError:
+            raise
+        except Exception as error:
+            self.report_fault(error, address)
+            return 500, INTERNAL_ERROR, must_close
 
     def status_page(self) -> bytes:
         """Return what GET / shows. Raises FileChanged if lookups would raise it."""
@@ -1562,19 +1534,34 @@ class Server(http.server.ThreadingHTTPServer):
             f"{self.connection_count()} connections open\n"
             "get a value with GET /KEY, where KEY is a version 4 UUID\n").encode()
 
-    def refuse_beginning(self, connection: Connection) -> None:
-        """Refuse the beginning of a head if it cannot become valid."""
-        if b"\r\n\r\n" in connection.received:
-            return  # it begins with complete heads that are still to be answered
-        verdict = judge_beginning(connection.received)
-        if verdict:
-            self.refuse(connection, verdict)
+    def refuse_beginning(self, connection: Connection) -> int:
+        """Refuse the beginning of a head if it cannot become valid.
 
-    def refuse(self, connection: Connection, verdict: Verdict) -> None:
-        """Answer the beginning of a head with a refusal."""
+        Returns the size of the answer, or 0 if there is none.
+        """
+        judged_bytes = connection.judged_bytes
+        connection.judged_bytes = len(connection.received)
+        if judged_bytes > 0:
+            # To judge it after each byte would take quadratic time. So what was valid is
+            # judged again only if a line may have ended, or if it has grown past a limit
+            # (of a head, or of one with an empty line before it).
+            recent = connection.received[judged_bytes - 1:]  # a CR before may now be bare
+            has_line_end = b"\r" in recent or b"\n" in recent
+            has_passed_limit = any(
+                judged_bytes <= limit < len(connection.received)
+                for limit in (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2))
+            if not has_line_end and not has_passed_limit:
+                return 0
+        verdict = judge_beginning(connection.received)
+        if not verdict:
+            return 0
+        return self.refuse(connection, verdict)
+
+    def refuse(self, connection: Connection, verdict: Verdict) -> int:
+        """Answer the beginning of a head with a refusal; return the answer's size."""
         status, text, connection.must_close = verdict
         head = connection.received.lstrip(b"\r\n")  # an empty line may precede it
-        self.add_answer(connection, head, status, text)
+        return self.add_answer(connection, head, status, text)
 
     def add_answer(
             self, connection: Connection, head: bytes, status: int, body: Body) -> int:
@@ -1582,7 +1569,7 @@ class Server(http.server.ThreadingHTTPServer):
 
         `head` is the head of its request, or the beginning of it.
         """
-        self.answer_count += 1  # one may be lost if two threads do this at once
+        self.answer_count += 1  # an increment may be lost if two threads do this at once
         if isinstance(body, list):
             size = sum(map(len, body))
         else:
@@ -1593,23 +1580,23 @@ class Server(http.server.ThreadingHTTPServer):
             answer = answer_head(status, connection.must_close, self.date)
             if status != 204:
                 answer %= size
+            # The client may still be sending: the rest of a head, the body of a request
+            # (but judge_fields refuses a GET or HEAD that has one), or more requests
+            # (before it has taken a long answer).
+            may_send = (
+                status not in (200, 404) or connection.received or size > PIECE_BYTES)
+            connection.must_linger = connection.must_close and bool(may_send)
         if head.startswith(b"HEAD "):
             body = b""
             size = 0
-        if connection.must_close:
-            # The client may still be sending: more requests during a long answer, or the
-            # body of this request. (Only GET and HEAD are answered with 200 or 404, and
-            # judge_fields refuses those with a body.)
-            may_have_body = status not in (200, 404)
-            connection.must_linger = may_have_body or size > PIECE_BYTES
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, size)
-        if size <= JOINED_BYTES:  # lists and StoredValues are always longer
-            connection.unsent.append(answer + body)
-        elif isinstance(body, list):
+        if isinstance(body, list):
             connection.unsent += [answer, *body]
-        else:
+        elif size > JOINED_BYTES:
             connection.unsent += [answer, body]
+        else:
+            connection.unsent.append(answer + body)
         return len(answer) + size
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
@@ -1621,22 +1608,22 @@ class Server(http.server.ThreadingHTTPServer):
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
 
     def send(self, connection: Connection) -> bool:
-        """Send what is unsent, and return whether nothing is left.
+        """Send what is unsent if it can be sent at once, and return whether it is sent.
 
-        These are new answers: what is left of one is sent by a thread, and so is all that
-        is longer than TURN_BYTES. (Only threads make a StoredValue, so there is none.)
+        TURN_BYTES or more are left to a thread, and so is the rest of an answer that the
+        client does not take at once.
         """
         unsent = connection.unsent
         try:
             if len(unsent) == 1:  # an answer that is joined to its body, so it is short
                 sent = connection.socket.send(unsent[0])
-            elif not CAN_GATHER or sum(map(len, unsent)) > TURN_BYTES:
+            elif not CAN_GATHER or sum(map(len, unsent)) >= TURN_BYTES:
                 return False
             else:
                 sent = connection.socket.sendmsg(unsent[:JOINED_PARTS])
         except BlockingIOError:
             return False
-        except OSError:  # the client has gone, so nothing is left to do
+        except OSError:  # the client has disconnected, so nothing is left to do
             unsent.clear()
             connection.must_close = True
             connection.must_linger = False
@@ -1651,14 +1638,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     # Threads
 
-    def hand_over(self, connection: Connection, waiting_since: float) -> None:
-        """Leave a connection to a Handler, in a thread of its own.
-
-        `waiting_since` is when the server began to wait for the client, or NEVER.
-        """
-        self.forget(connection)
-        connection.waiting_since = waiting_since
-        self.handed_over.add(connection)
+    def hand_over(self, connection: Connection) -> None:
+        """Leave a connection to a Handler, in a thread of its own."""
+        self.unregister(connection)
+        self.move(connection, self.handed_over)
+        connection.waiting_since = self.now  # for the client to take what was sent
         self.process_request(connection, connection.address)
 
     def process_request(self, request: Connection, client_address: str) -> None:
@@ -1680,11 +1664,11 @@ class Server(http.server.ThreadingHTTPServer):
         request.must_close = True
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            return  # the client has gone, which is not a fault
+            return  # the client has disconnected, which is not a fault
         self.report_fault(error, client_address)
 
     def report_fault(self, error: Exception, client_address: str) -> None:
-        """Log an exception in one line, but FileChanged only once for the same file."""
+        """Log an exception in one line, but FileChanged only once per file."""
         if not isinstance(error, FileChanged):
             self.log(f"fault in answering {client_address}: {error!r}")
             return
@@ -1696,27 +1680,20 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown_request(self, request: Connection) -> None:
         """Close a connection or give it back to the loop: a thread's last step."""
         request.waiting_since = NEVER
-        if not request.must_close:
-            try:
-                request.socket.setblocking(False)
-                # Meanwhile, the loop may be waiting in select. If the client has sent
-                # data, epoll and kqueue notice at once (see epoll_wait(2)), and other
-                # selectors at the next tick. As the connection is still in `handed_over`,
-                # the loop ignores such events until it has found it in `returned`.
-                self.selector.register(request.socket, selectors.EVENT_READ, request)
-            except (OSError, ValueError, MemoryError):
-                request.must_close = True
         if request.must_close:
             request.socket.close()
         self.returned.append(request)
+        try:
+            self.wake_sender.send(b"\0")
+        except BlockingIOError:
+            pass  # so many wake-ups are under way that one more is not needed
 
-    def take_back(self) -> None:
-        """Take back the connections that threads are done with."""
-        while self.returned:
-            connection = self.returned.popleft()
-            self.handed_over.discard(connection)
-            if not connection.must_close:
-                self.keep(connection)
+    def take_back(self, connection: Connection) -> None:
+        """Take back a connection from its thread."""
+        if connection.must_close:  # the thread has closed it
+            del self.handed_over[connection]
+        elif self.register(connection):
+            self.attempt(self.proceed, connection)  # requests may have come meanwhile
 
     # Signals
 
