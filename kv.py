@@ -9,12 +9,12 @@ The sections follow the flow of data:
     Limits             every limit, with its unit
     Messages           error messages of a command, and the log of a server
     The data file      parse: a line of the file becomes a pair in a dict
-    Sorted files       Sorted: the pairs of a file that is too large for a dict
+    Sorted files       Sorted: the pairs of a file that does not fit in memory
     Loading            Data: the pairs that are served, now and after a reload
     Requests           judge: the head of a request becomes a verdict
     Answers            answer_head: a status becomes the head of an answer
-    Threads            Handler: serves a client that would make the others wait
-    The loop           Server: does everything else
+    Threads            Handler: waits for one client, or for the disk
+    The loop           Server: does everything that does not have to wait
     serve              starts a server
     get                asks a server
     The command line
@@ -22,8 +22,8 @@ The sections follow the flow of data:
 A request passes through four methods of Server:
 
     receive            takes what a client has sent
-    answer_requests    splits it into the heads of requests, and judges each one
-    answer             turns a verdict into an answer: looks the key up
+    answer_next        splits off the head of the next request
+    answer             has the head judged, and looks the key up
     send               sends all answers together; a Handler sends what is left
 """
 import sys
@@ -43,6 +43,7 @@ import http.client
 import http.server
 import ipaddress
 import itertools
+import math
 import os
 import re
 import select
@@ -77,8 +78,8 @@ PROGRESS_SECONDS = 1.0        # a load that takes longer shows its progress
 # Sorted files
 PAGE_BYTES = 4096             # bytes to read at a time in a lookup
 MARK_BYTES = 1 << 16          # distance between marks in a file
-MARKS = 20000                 # maximum number of marks; in larger files they are farther
-                              # apart
+MARKS = 20000                 # maximum number of marks; in larger files, they are spaced
+                              # farther apart
 
 # Requests
 RECEIVE_BYTES = 8192          # bytes to take from a connection at a time
@@ -112,12 +113,13 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # when a terminal closes, SIGHUP arrives within this time
+HANGUP_SECONDS = 1.0          # when a terminal is closed, SIGHUP comes within this time;
+                              # a later one asks for a reload
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
 PATIENCE_SECONDS = 0.0001     # time to poll for more requests before going to sleep
-EVENTS_PER_NEWCOMER = 16      # when busy, accept one connection per this many events
+EVENTS_PER_NEWCOMER = 16      # under load, accept one connection per this many events
 
 # get
 DEFAULT_URL = os.environ.get("KV_URL") or "http://127.0.0.1:8000"
@@ -163,7 +165,7 @@ def complain(text: str) -> None:
 
 
 class Log:
-    """The log of a server, on standard error. On Linux, writing to it never blocks.
+    """The log of a server, on standard error.
 
     A line that cannot be written immediately is lost: neither a pipe that nobody reads
     nor a terminal stopped by Ctrl-S may hold up the server.
@@ -174,9 +176,10 @@ class Log:
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
-        # Descriptor 2 must stay in blocking mode, because other programs, such as the
-        # shell, share it. On Linux, opening the same pipe or terminal again gives a
-        # descriptor with a mode of its own. Elsewhere, `put` has to rely on select alone.
+        # `put` asks select whether it can write, but another program may fill the pipe
+        # just then. Nonblocking mode would prevent that, but descriptor 2 must not be in
+        # that mode, because other programs, such as the shell, share it. On Linux,
+        # opening the same pipe or terminal again gives a descriptor with its own mode.
         is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
         if os.name == "posix" and (is_pipe or self.is_terminal):
             try:
@@ -196,7 +199,7 @@ class Log:
             return
         try:
             if os.name == "posix":
-                _, writable, _ = select.select([], [2], [], 0)
+                _, writable, _ = select.select([], [self.descriptor], [], 0)
                 if not writable:
                     return
             os.write(self.descriptor, data)
@@ -544,11 +547,9 @@ class Sorted:
         except OSError as error:
             raise Unreadable(error.strerror)
         self.check()
-        is_at_end = offset + len(content) >= self.size
-        if len(content) < size and not is_at_end:
-            if wait:
-                raise Unreadable(f"cannot be read beyond byte {offset + len(content)}")
-            raise BlockingIOError("only a part of this range is in memory")
+        end = offset + len(content)
+        if len(content) < size and end < self.size:
+            raise Unreadable(f"cannot be read beyond byte {end}")
         return content
 
     def read_from_memory(self, offset: int, size: int) -> bytes:
@@ -561,6 +562,8 @@ class Sorted:
                 raise  # BlockingIOError, most likely
             self.nowait_flag = 0  # some file systems, such as tmpfs, lack it
             return os.pread(self.descriptor, size, offset)
+        if count < size and offset + count < self.size:
+            raise BlockingIOError("only a part of this range is in memory")
         del content[count:]
         return bytes(content)
 
@@ -628,7 +631,7 @@ class Data:
         self.pairs: Pairs = {}
         self.summary = ""                # as in messages, "10000 pairs"
         self.since = ""                  # date of the last load
-        self.report = ""                 # what the log says of the last load
+        self.report = ""                 # what the log says about the last load
         self.load_start = 0.0            # time.monotonic() at the start of a load
         self.new_pairs: Pairs = {}       # the pairs of a load in progress
         self.new_file: Optional[BinaryIO] = None   # the file of that load
@@ -695,7 +698,7 @@ class Data:
             percent = str(self.new_file.tell() * 100 // max(size, 1))
         count = len(self.new_pairs)
         rate = count / (time.monotonic() - self.load_start)
-        return f"{percent} % read, {count} pairs, {rate:.0f} a second"
+        return f"{percent}% read, {count} pairs, {rate:.0f} pairs/s"
 
 
 def load_failure(error: Exception, name: str) -> str:
@@ -945,7 +948,7 @@ INTERNAL_ERROR = b"internal error; see the server's log\n"
 def answer_head(status: int, close: bool, date: str) -> bytes:
     """Return the head of an answer, with %d in place of the length of its body, if any.
 
-    It is cached, as it changes only once a second.
+    It is cached, because it changes only once a second.
     """
     lines = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
@@ -977,9 +980,6 @@ def lines(keys: List[bytes], get: Callable) -> List[Value]:
 # ---------------------------------------------------------------------------
 # Threads
 
-NEVER = float("inf")    # waiting_since while the server does not wait for the client
-
-
 class Connection:
     """What the server knows about one client."""
 
@@ -993,9 +993,9 @@ class Connection:
         # The one of the server's three queues that the connection is in.
         self.queue: "Queue" = {}
         # The time.monotonic() at which the server began to wait for the client: for a
-        # request, for the rest of one, or for the client to take an answer. It is NEVER
-        # while the server does not wait for the client.
-        self.waiting_since = NEVER
+        # request, for the rest of one, or for the client to take an answer. While it does
+        # not wait for the client, this is math.inf.
+        self.waiting_since = math.inf
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
         # How much of it has been judged and was found to be a valid beginning.
@@ -1028,7 +1028,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.send_unsent()
         if connection.needs_disk:
             connection.needs_disk = False
-            connection.waiting_since = NEVER
+            connection.waiting_since = math.inf
             self.server.answer_next(connection, wait=True)
             self.send_unsent()
         if connection.must_close:  # the client may have sent more, so always linger
@@ -1132,7 +1132,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.reload: Optional[Iterator[None]] = None   # the one in progress, if any
         self.next_step = self.now            # earliest time for its next step
         self.is_stopping = False
-        self.stop_deadline = NEVER           # a time.monotonic()
+        self.stop_deadline = math.inf        # a time.monotonic()
 
         if listener:
             self.address_family = listener.family
@@ -1287,7 +1287,7 @@ class Server(http.server.ThreadingHTTPServer):
         return list(itertools.takewhile(lambda c: c.waiting_since < limit, queue))
 
     def step_reload(self) -> None:
-        """Take a step of a reload, unless it is the turn of requests."""
+        """Take a step of a reload, unless it is the requests' turn."""
         if self.was_busy and self.now < self.next_step:
             return
         start = time.monotonic()
@@ -1364,7 +1364,7 @@ class Server(http.server.ThreadingHTTPServer):
         candidates += itertools.islice(self.idle, 1)
         candidates += itertools.islice(self.beginnings, 1)
         longest = min(candidates, key=lambda c: c.waiting_since, default=None)
-        if longest and longest.waiting_since == NEVER:
+        if longest and longest.waiting_since == math.inf:
             return None
         return longest
 
@@ -1380,7 +1380,7 @@ class Server(http.server.ThreadingHTTPServer):
         if longest.queue is not self.handed_over:
             self.close(longest)
             return True
-        longest.waiting_since = NEVER  # do not evict it again while its thread ends
+        longest.waiting_since = math.inf  # do not evict it again while its thread ends
         try:
             longest.socket.shutdown(socket.SHUT_RDWR)  # its thread gets an error
         except OSError:
@@ -1679,7 +1679,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Connection) -> None:
         """Close a connection or give it back to the loop: a thread's last step."""
-        request.waiting_since = NEVER
+        request.waiting_since = math.inf
         if request.must_close:
             request.socket.close()
         self.returned.append(request)
@@ -1722,39 +1722,33 @@ class Server(http.server.ThreadingHTTPServer):
 class Signals:
     """The signals received so far: their handlers only set a flag.
 
-    SIGHUP asks for a reload, unless it comes because the terminal was closed. In that
-    case the server stops, like any program that was started without nohup.
+    A SIGHUP may come because the terminal was closed. Then the server stops, like any
+    program that was started without nohup. Any other SIGHUP asks for a reload, even if
+    there is no terminal any more: a shell may leave a server running when it ends.
     """
 
     def __init__(self) -> None:
         self.stop = False                # SIGTERM or Ctrl-C
         self.hangup = False              # SIGHUP, which asks for a reload
-        self.may_hang_up = False         # whether a SIGHUP may come from the terminal
-        self.terminal_seen = 0.0         # time.monotonic() when there last was a terminal
+        # The time.monotonic() until which a SIGHUP may come because the terminal was
+        # closed: math.inf as long as the terminal is there.
+        self.hangup_deadline = 0.0
 
     def catch_hangups(self) -> None:
         """Catch SIGHUP from now on."""
         if hasattr(signal, "SIGHUP"):  # Windows lacks it
             is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            self.may_hang_up = has_terminal() and not is_nohup
-            self.terminal_seen = time.monotonic()
+            if has_terminal() and not is_nohup:
+                self.hangup_deadline = math.inf
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal has been gone for HANGUP_SECONDS.
-
-        If it has not sent a SIGHUP by then, it never will. (A shell may leave a server
-        running in the background when it ends.) Any later SIGHUP asks for a reload.
-        """
-        if not self.may_hang_up:
-            return
-        if has_terminal():
-            self.terminal_seen = now
-        elif now > self.terminal_seen + HANGUP_SECONDS:
-            self.may_hang_up = False
+        """Set the deadline when the terminal has gone."""
+        if self.hangup_deadline == math.inf and not has_terminal():
+            self.hangup_deadline = now + HANGUP_SECONDS
 
     def on_hangup(self, *_) -> None:
-        if self.may_hang_up and not has_terminal():
+        if time.monotonic() < self.hangup_deadline and not has_terminal():
             os.kill(os.getpid(), signal.SIGTERM)  # it also ends a load
         else:
             self.hangup = True
@@ -1800,7 +1794,11 @@ class CannotServe(Exception):
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serve the pairs in a file until SIGTERM or Ctrl-C. Returns the exit code."""
+    """Serve the pairs in a file until SIGTERM or Ctrl-C. Returns the exit code.
+
+    Until the data is loaded, both raise KeyboardInterrupt. After that, their handler is
+    Signals.on_stop.
+    """
     log = Log(options.verbose)
     signal.signal(signal.SIGTERM, end_load)
     try:
@@ -1818,7 +1816,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def end_load(*_) -> None:
-    """Handle SIGTERM during the load as Python handles Ctrl-C."""
+    """Handle SIGTERM as Python handles Ctrl-C."""
     block_sigterm()
     raise KeyboardInterrupt
 
@@ -1840,7 +1838,6 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
         server = Server(options, data, log, signals, listener)
         signals.catch_hangups()  # until now, SIGHUP would have ended the program
         load_with_progress(data, log)
-        # Until here, SIGTERM and Ctrl-C end the load.
         signal.signal(signal.SIGTERM, signals.on_stop)
         signal.signal(signal.SIGINT, signals.on_stop)
         server.server_activate()
@@ -1879,7 +1876,7 @@ def handed_down_socket() -> Optional[socket.socket]:
 def allowed_connections(wanted: Optional[int], log: Log) -> int:
     """Return how many connections to hold, after raising the limit of open files.
 
-    If `wanted` is None, as many as the limit allows, up to MAX_CONNECTIONS.
+    That is `wanted`; if it is None, as many as the limit allows, up to MAX_CONNECTIONS.
     """
     needed = (wanted or MAX_CONNECTIONS) + SPARE_DESCRIPTORS
     limit = allowed_files(needed, log)
@@ -1894,7 +1891,7 @@ def allowed_connections(wanted: Optional[int], log: Log) -> int:
 def allowed_files(needed: int, log: Log) -> int:
     """Raise the limit of open files to `needed` if possible; return how many it allows.
 
-    Returns `needed` if it allows more.
+    The result is at most `needed`.
     """
     try:
         import resource
@@ -1959,11 +1956,11 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server did not answer, or did not answer as kv would; the message says why."""
+    """A server did not answer, or not like kv; the message says why."""
 
 
 class BadAnswer(AskError):
-    """A server answered, but not with what was asked for; the message says how."""
+    """A server answered, but not with what was asked for; the message says with what."""
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
@@ -2002,7 +1999,7 @@ def find(names: List[str], url: str, timeout: float) -> Iterator[Optional[bytes]
     """Yield the value of each key, or None if the server does not have it.
 
     No request is sent before the first value is consumed. KEYS_TOGETHER keys are asked
-    for in one request, and one by one if the server does not answer that properly.
+    for in one request, and one by one if the server cannot answer such requests.
     """
     for start in range(0, len(names), KEYS_TOGETHER):
         together = names[start:start + KEYS_TOGETHER]
@@ -2046,8 +2043,8 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
     """Return the body of the answer of the server at `url` to GET /path.
 
     Raises ValueError for a URL or a timeout that cannot be used; KeyError if the answer
-    is that the key is not found; BadAnswer if it is another error, longer than
-    `max_bytes`, or not like an answer of kv; and AskError if there is no answer.
+    is that the key is not found; BadAnswer if the answer is another error, is longer than
+    `max_bytes`, or is not like those of kv; and AskError if there is no answer.
     """
     check_url(url)
     check_timeout(timeout)
@@ -2056,17 +2053,28 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
     if proxy:
         shown = escape(proxy.rpartition("@")[2])  # without the password
         place = f"{url} through the proxy {shown}"
-    failure_class = AskError
+    opener = opener_for(urllib.parse.urlsplit(url).scheme, proxy)
     try:
-        opener = opener_for(urllib.parse.urlsplit(url).scheme, proxy)
-        with opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout) as answer:
-            failure_class = BadAnswer
-            if answer.status == 200:
-                return body_of(answer, max_bytes)
-            body = body_of_error(answer)
-    except (OSError, http.client.HTTPException, ValueError, MemoryError) as error:
+        answer = opener.open(f"{url.rstrip('/')}/{path}", timeout=timeout)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = ask_failure(error, timeout, proxy)
-        raise failure_class(f"cannot ask {place}: {reason}") from None
+        raise AskError(f"cannot ask {place}: {reason}") from None
+    with answer:
+        if answer.status != 200:
+            refuse_error(answer, place, path)
+        try:
+            return body_of(answer, max_bytes)
+        except (OSError, http.client.HTTPException, ValueError, MemoryError) as error:
+            reason = ask_failure(error, timeout, proxy)
+            raise BadAnswer(f"cannot ask {place}: {reason}") from None
+
+
+def refuse_error(answer: http.client.HTTPResponse, place: str, path: str) -> None:
+    """Raise KeyError if an answer says that the key is not found; else BadAnswer."""
+    try:
+        body = answer.read(PIECE_BYTES)
+    except (OSError, http.client.HTTPException):
+        body = b""
     if answer.status == 404 and body == KEY_NOT_FOUND:
         raise KeyError(path)
     said = f"{answer.status} {answer.reason}"
@@ -2154,8 +2162,10 @@ def is_loopback(host: str) -> bool:
 
 
 def body_of(answer: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """Return the body of an answer. Raises OSError and HTTPException if this is not an
-    answer of kv, or longer than `max_bytes`; and MemoryError.
+    """Return the body of an answer.
+
+    Raises OSError or HTTPException if the answer is not like those of kv, or longer than
+    `max_bytes`, and MemoryError if it does not fit in memory.
     """
     fields = answer.headers
     if fields.defects:
@@ -2171,14 +2181,6 @@ def body_of(answer: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if int(lengths[0]) > max_bytes:
         raise OSError(f"the answer has {lengths[0]} bytes, more than {max_bytes}")
     return answer.read()
-
-
-def body_of_error(answer: http.client.HTTPResponse) -> bytes:
-    """Return the beginning of the body of an error, or b"" if it cannot be read."""
-    try:
-        return answer.read(PIECE_BYTES)
-    except (OSError, http.client.HTTPException):
-        return b""
 
 
 def ask_failure(error: Exception, timeout: float, proxy: Optional[str]) -> str:
@@ -2240,7 +2242,7 @@ def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO)
 
 
 def keys_to_ask(keys: List[str]) -> Iterator[List[str]]:
-    """Yield the keys in lists, with those on standard input in place of each "-"."""
+    """Yield the keys in lists, with each "-" replaced by the keys on standard input."""
     batch: List[str] = []
     for key in keys:
         if key != "-":
@@ -2261,7 +2263,7 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     while True:
         try:
             data = os.read(0, INPUT_BYTES)
-        except OSError as error:  # run_get attributes OSErrors to standard output
+        except OSError as error:  # run_get would attribute it to standard output
             raise ValueError(f"standard input: {error.strerror}")
         lines = (rest + data).split(b"\n")
         if data:
@@ -2270,7 +2272,7 @@ def keys_from_standard_input() -> Iterator[List[str]]:
         if not data:
             return
         if len(rest) > INPUT_BYTES:
-            raise ValueError("standard input: the line is too long for a key")
+            raise ValueError("standard input: a line is too long for a key")
 
 
 def run_get(options: argparse.Namespace) -> int:
@@ -2282,7 +2284,7 @@ def run_get(options: argparse.Namespace) -> int:
         with open(1, "wb", closefd=False) as output:
             for keys in keys_to_ask(options.keys):
                 code = max(code, print_values(keys, options, output))
-    except BrokenPipeError:  # the reader has ended, as in `kv.py get ... | head -1`
+    except BrokenPipeError:  # the reader has exited, as in `kv.py get ... | head -1`
         return code
     except (AskError, ValueError) as error:
         complain(str(error))
