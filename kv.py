@@ -403,8 +403,8 @@ class Sorted:
         self.count = 0
         self.last_key = b""
         # A mark is a key, as a 128-bit number, and the offset at which its line ends. A
-        # line with a higher key begins at that offset or later, any other line before it.
-        # The first and the last mark stand for the ends of the file.
+        # line with a higher key begins at that offset or later; all others begin before
+        # it. The first and the last mark stand for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [0, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -455,70 +455,73 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            probe = max(low, guess - PAGE_BYTES // 2)  # the guess is in the middle
-            offset, page, first = self.page_with_key(probe, high, wait)
-            line = page.find(b"\n" + key + b" ")
-            if line >= 0:
-                return self.value_at(offset + line + PREFIX_BYTES - 1,
-                                     page, line + PREFIX_BYTES, wait)
-            if not first:  # no line begins from `probe` to `high`
+            probe = max(low, guess - PAGE_BYTES // 2)  # the guess is in mid-page
+            found = self.page_with_key(probe, high, wait)
+            if not found:  # no line begins from `probe` to `high`
                 high = probe
                 continue
-            last = LAST_KEY_RE.match(page)  # it may be the first one as well
-            if key < first[1]:
+            offset, page, first_key = found  # no line begins from `probe` to `offset`
+            line = page.find(b"\n" + key + b" ")
+            if line >= 0:
+                return self.value_in(page, offset, line + PREFIX_BYTES, wait)
+            last_key = LAST_KEY_RE.match(page)[1]  # it may be the first one as well
+            if key < first_key:
                 high = probe
-                high_number = key_number(first[1])
-            elif key > last[1]:
+                high_number = key_number(first_key)
+            elif key > last_key:
                 low = offset + PAGE_BYTES
-                low_number = key_number(last[1])
-            else:  # the line would be between these two
+                low_number = key_number(last_key)
+            else:  # its line would have to be between these two
                 return None
         return None
 
     def page_with_key(
             self, offset: int, high: int, wait: bool
-    ) -> "Tuple[int, bytes, Optional[re.Match]]":
-        """Return the first page at `offset` or later in which a line begins.
+    ) -> Optional[Tuple[int, bytes, bytes]]:
+        """Return the first page, from `offset` on, in which a line begins.
 
-        Returns its offset, the page, and the match of FIRST_KEY_RE, which is None only
-        if no line begins from `offset` to `high`.
+        Returns its offset, the page, and the first key in it. Returns None if no line
+        begins from `offset` to `high`.
         """
-        page = self.read_page(offset, wait)
-        first = FIRST_KEY_RE.search(page)
-        while not first and offset + PAGE_BYTES < high:  # it is inside a long value
-            newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
-            offset = newline + 1
+        search_end = offset + PIECE_BYTES
+        while offset < high:
             page = self.read_page(offset, wait)
             first = FIRST_KEY_RE.search(page)
-            if not first and offset < high and not wait:  # many empty lines, perhaps
+            if first:
+                return offset, page, first[1]
+            # The page is inside a long value, so continue with the line after that.
+            newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
+            offset = newline + 1
+            if offset > search_end and not wait:  # among many empty lines, perhaps
                 raise BlockingIOError("a long search is left to a thread")
-        return offset, page, first
+        return None
+
+    # Of a page, more than PAGE_BYTES are read: the byte before it, which is a newline if
+    # a line begins with the page, and as much after it as completes the keys of lines
+    # that begin in it. So index 0 of these bytes is at offset - 1.
 
     def read_page(self, offset: int, wait: bool) -> bytes:
-        """Read a page: PAGE_BYTES from `offset` on, and what is needed to find its lines.
-
-        That is the byte before it, which is a newline if a line begins at `offset`, and
-        enough bytes after it to have the whole key of each line that begins in it.
-        """
+        """Read the page at `offset`, as described above."""
         if offset == 0:
             return b"\n" + self.read(0, PAGE_BYTES + PREFIX_BYTES - 2, wait)
         return self.read(offset - 1, PAGE_BYTES + PREFIX_BYTES - 1, wait)
 
-    def value_at(self, offset: int, page: bytes, index: int, wait: bool) -> "Value":
-        """Return the value that begins at `offset`, which is at `index` of a page.
+    def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
+        """Return the value that begins at `index` of the page at `offset`.
 
         If `wait` is true, a long value is a StoredValue, which threads send in pieces.
         """
+        start = offset - 1 + index
         newline = page.find(b"\n", index)
         if newline >= 0:
             size = newline - index
         else:  # the value continues past the page
-            size = self.find_newline(offset, wait) - offset
+            size = self.find_newline(start, wait) - start
         if wait and size > JOINED_BYTES:
-            return StoredValue(self, offset, size)
+            return StoredValue(self, start, size)
         if newline >= 0:
             return page[index:newline]
-        return self.read(offset, size, wait)
+        return self.read(start, size, wait)
 
     def find_newline(self, offset: int, wait: bool) -> int:
         """Return the offset of the next newline from `offset` on, or the file's size."""
@@ -765,12 +768,13 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
     Returns the path in it, without its first slash, and the verdict. If that is 200, the
-    path may be malformed: nearly all paths are keys in the data, so the caller looks them
-    up first, and only if that finds nothing, has them judged by `judge_path`.
+    path has not been judged: nearly all paths are keys in the data, so the caller looks
+    them up first, and only if that finds nothing, has them judged by `judge_path`.
     """
     words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
+    # In a malformed head, the target may have any bytes but spaces, even line ends.
     method, target, version_and_fields = words
     if len(head) <= VERDICT_BYTES:
         verdict = judge_fields_cached(method, version_and_fields)
@@ -790,6 +794,7 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the beginning of one, is too long; else None."""
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     if len(line) > LINE_BYTES:
+        # If it came slowly, it would have been refused for that long ago.
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
         method = line.partition(b" ")[0]
@@ -832,8 +837,8 @@ def judge_line(line: bytes) -> Tuple[bytes, Optional[Verdict]]:
 def judge_fields(method: bytes, version_and_fields: bytes) -> Verdict:
     """Judge all of a head except its target.
 
-    If method or version are invalid, the verdict is not 200, so `judge_line` is called,
-    which says what is wrong with them.
+    An invalid method or version also leads to some verdict that is not 200. `judge` then
+    has the reason from `judge_line`.
     """
     version, *fields = version_and_fields.split(b"\r\n")
     if not VERSION_1_RE.fullmatch(version):
@@ -914,6 +919,10 @@ def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
     return keys, None
 
 
+# Beyond these lengths, a beginning may be too long; one empty line may precede.
+BEGINNING_LIMITS = (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2)
+
+
 def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     """Return a refusal if the beginning of a head is already invalid, or None.
 
@@ -987,18 +996,20 @@ class Connection:
         "socket", "address", "queue", "waiting_since", "received", "judged_bytes",
         "needs_disk", "unsent", "must_close", "must_linger")
 
-    def __init__(self, client_socket: socket.socket, address: str) -> None:
+    def __init__(self, client_socket: socket.socket, address: str,
+                 queue: collections.OrderedDict) -> None:
         self.socket = client_socket
         self.address = address
-        # The one of the server's three queues that the connection is in.
-        self.queue: "Queue" = {}
+        # The one of the server's queues that the connection is in.
+        self.queue = queue
+        queue[self] = None
         # The time.monotonic() at which the server began to wait for the client: for a
-        # request, for the rest of one, or for the client to take an answer. While it does
-        # not wait for the client, this is math.inf.
+        # request, for the rest of one, or for the client to take more of an answer. It is
+        # math.inf while the client waits for the server.
         self.waiting_since = math.inf
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
-        # How much of it has been judged and was found to be a valid beginning.
+        # How many bytes of it are known to be the valid beginning of a head.
         self.judged_bytes = 0
         # Whether the lookup for the next request has to wait for the disk.
         self.needs_disk = False
@@ -1006,11 +1017,8 @@ class Connection:
         self.unsent: list = []
         # Whether to close the connection once everything has been sent.
         self.must_close = False
-        # Whether to linger before that, because the client may still be sending.
+        # Whether to linger before that.
         self.must_linger = False
-
-
-Queue = Dict[Connection, None]  # a set that is in order
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -1019,7 +1027,7 @@ class Handler(socketserver.BaseRequestHandler):
     What socketserver calls a request is a Connection here. In a new thread,
     ThreadingMixIn.process_request_thread makes a Handler, which calls `handle`. If that
     raises an exception, it calls Server.handle_error; in the end, it always calls
-    Server.shutdown_request, which closes the connection or gives it back to the loop.
+    Server.shutdown_request, which gives the connection back to the loop.
     """
 
     def handle(self) -> None:
@@ -1031,8 +1039,6 @@ class Handler(socketserver.BaseRequestHandler):
             connection.waiting_since = math.inf
             self.server.answer_next(connection, wait=True)
             self.send_unsent()
-        if connection.must_close:  # the client may have sent more, so always linger
-            self.linger()
 
     def send_unsent(self) -> None:
         """Send what is unsent. Raises OSError if the client does not take it in time."""
@@ -1060,22 +1066,6 @@ class Handler(socketserver.BaseRequestHandler):
             sent = connection.socket.send(rest)
             rest = rest[sent:]
 
-    def linger(self) -> None:
-        """Shut down the sending side, and briefly discard what the client still sends.
-
-        If the connection were closed at once, the system would answer later data with a
-        reset, and a reset can make the client lose the answer.
-        """
-        connection = self.request
-        connection.socket.shutdown(socket.SHUT_WR)
-        now = time.monotonic()
-        deadline = now + LINGER_SECONDS
-        while now < deadline:
-            connection.socket.settimeout(deadline - now)
-            if not connection.socket.recv(RECEIVE_BYTES):  # may raise socket.timeout
-                return
-            now = time.monotonic()
-
 
 # ---------------------------------------------------------------------------
 # The loop
@@ -1085,18 +1075,23 @@ CAN_GATHER = hasattr(socket.socket, "sendmsg")  # Windows lacks it
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The loop: does all work that does not have to wait for one client.
+    """The loop: does everything that does not have to wait for one client or the disk.
 
     What may have to wait is handed over to a thread: an answer that is large or that the
-    client does not take immediately, lingering, and a lookup in pages that are not in
-    memory. Making the socket and running a Handler in a thread are inherited from
-    ThreadingHTTPServer; serve_forever is overridden.
+    client does not take immediately, and a lookup in pages that are not in memory. Making
+    the socket and running a Handler in a thread are inherited from ThreadingHTTPServer;
+    serve_forever is overridden.
 
-    Each connection is in one of three queues. Those in `idle` wait for a request, and
-    those in `beginnings` for the rest of one; the first in each has waited longest, so it
-    is the next to expire, or to be evicted. Those in `handed_over` belong to a thread,
-    which only puts them into `returned` and wakes the loop when it has done its work.
-    All else that is here, and the selector, belong to the loop.
+    Each connection is in one of four queues, which say what it waits for:
+
+        idle           the client's next request
+        beginnings     the rest of a request
+        lingering      the client's closing of a connection that the server ends
+        handed_over    a thread, which puts it into `returned` and wakes the loop when it
+                       is done
+
+    In the first three, the first connection has waited longest, so it is the next to
+    expire, or to be evicted. Only the loop uses the selector, and closes connections.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1112,9 +1107,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.data = data
         self.log = log
         self.signals = signals
-        self.idle: Queue = collections.OrderedDict()
-        self.beginnings: Queue = collections.OrderedDict()
-        self.handed_over: Queue = collections.OrderedDict()
+        self.idle = collections.OrderedDict()    # as a set of Connections, in order
+        self.beginnings = collections.OrderedDict()
+        self.lingering = collections.OrderedDict()
+        self.handed_over = collections.OrderedDict()
         self.returned: Deque[Connection] = collections.deque()
         self.max_connections = options.max_connections
         self.selector = selectors.DefaultSelector()
@@ -1165,30 +1161,32 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
-    # SO_REUSEADDR lets a server bind to a port although closed connections of an earlier
-    # one are still in state TIME_WAIT there, if those have the option, too. But it also
-    # lets two servers bind to the same port as long as neither listens. So it is set
-    #     - not for the first attempt to bind, which fails if another server has the port;
-    #     - for a second attempt, which fails only then;
-    #     - not while the data is loaded;
-    #     - when the server listens, as all connections inherit it.
-
     def server_bind(self) -> None:
-        """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
+        """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
+
+        This must fail if another server has the port, even one that still loads its data.
+        It must not fail because closed connections of an earlier server are still there,
+        in state TIME_WAIT.
+        """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
-            socketserver.TCPServer.server_bind(self)
+            socketserver.TCPServer.server_bind(self)  # fails in both cases
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
+            # With SO_REUSEADDR, it fails only if another server has the port: one that
+            # listens, or one that has bound without the option.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             socketserver.TCPServer.server_bind(self)
+            # From now on, others that try this must fail.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
         if os.name == "posix":
+            # Connections inherit the option. It has no effect on them, but without it
+            # they would keep the next server from binding when they are in TIME_WAIT.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1228,7 +1226,7 @@ class Server(http.server.ThreadingHTTPServer):
         has_newcomer = False
         for key, _ in events:
             if key.data:
-                self.attempt(self.receive, key.data)
+                self.try_to(self.receive, key.data)
             elif key.fileobj is self.socket:
                 has_newcomer = True
             else:
@@ -1275,13 +1273,15 @@ class Server(http.server.ThreadingHTTPServer):
         idle_seconds = DRAIN_IDLE_SECONDS if self.is_stopping else IDLE_SECONDS
         for connection in self.overdue(self.idle, idle_seconds):
             self.close(connection)
+        for connection in self.overdue(self.lingering, LINGER_SECONDS):
+            self.close(connection)
         for connection in self.overdue(self.beginnings, HEAD_SECONDS):
             verdict = refusal(408, f"no complete request within {HEAD_SECONDS} s")
             self.refuse(connection, verdict)
-            self.send(connection)  # what the client does not take now is lost
-            self.close(connection)
+            self.try_to(self.go_on, connection)
 
-    def overdue(self, queue: Queue, seconds: float) -> List[Connection]:
+    def overdue(
+            self, queue: collections.OrderedDict, seconds: float) -> List[Connection]:
         """Return the connections in a queue that have waited longer than `seconds`."""
         limit = self.now - seconds
         return list(itertools.takewhile(lambda c: c.waiting_since < limit, queue))
@@ -1328,17 +1328,17 @@ class Server(http.server.ThreadingHTTPServer):
         name = "unix:"  # a client of a Unix socket has no address
         if isinstance(address, tuple):
             name = address[0]
-        connection = Connection(client_socket, name)
+        connection = Connection(client_socket, name, self.idle)
         if self.register(connection):
             # Often, the request is already there. It is taken now, before more newcomers
             # are accepted, which might evict this one: begin_stop may accept a thousand.
-            self.attempt(self.receive, connection)
+            self.try_to(self.receive, connection)
         return True
 
     def register(self, connection: Connection) -> bool:
-        """Wait for what a client sends. Closes the connection if that is impossible.
+        """Register a connection with the selector, and wait for a request from now on.
 
-        Returns whether it is possible.
+        If that is impossible, closes the connection and returns False.
         """
         try:
             connection.socket.setblocking(False)
@@ -1346,7 +1346,7 @@ class Server(http.server.ThreadingHTTPServer):
         except (OSError, ValueError, MemoryError):
             self.close(connection)
             return False
-        self.keep(connection)
+        self.wait_for_request(connection)
         return True
 
     def pause_accepting(self) -> None:
@@ -1356,13 +1356,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def connection_count(self) -> int:
         """Return the number of connections."""
-        return len(self.idle) + len(self.beginnings) + len(self.handed_over)
+        return (len(self.idle) + len(self.beginnings) + len(self.lingering)
+                + len(self.handed_over))
 
     def longest_waiting(self) -> Optional[Connection]:
         """Return the connection that has waited longest for its client, if any waits."""
         candidates = list(self.handed_over)
-        candidates += itertools.islice(self.idle, 1)
-        candidates += itertools.islice(self.beginnings, 1)
+        for queue in (self.idle, self.beginnings, self.lingering):
+            candidates += itertools.islice(queue, 1)
         longest = min(candidates, key=lambda c: c.waiting_since, default=None)
         if longest and longest.waiting_since == math.inf:
             return None
@@ -1371,8 +1372,8 @@ class Server(http.server.ThreadingHTTPServer):
     def evict_longest_waiting(self) -> bool:
         """Close the connection that has waited longest for its client.
 
-        Returns whether its descriptor is free now: false if none waits, or if a thread
-        has yet to close it. (SPARE_DESCRIPTORS has room for a few of these.)
+        Returns whether its descriptor is free now. It is not if no connection waits, or
+        if a thread has to return it first. (SPARE_DESCRIPTORS allow for some of these.)
         """
         longest = self.longest_waiting()
         if not longest:
@@ -1387,22 +1388,34 @@ class Server(http.server.ThreadingHTTPServer):
             pass  # it is closed already
         return False
 
-    def move(self, connection: Connection, queue: Queue) -> None:
-        """Put a connection last in one of the queues."""
+    def wait_for(self, queue: collections.OrderedDict, connection: Connection) -> None:
+        """Put a connection last in a queue, waiting for its client from now on."""
+        connection.waiting_since = self.now
         if connection.queue is not queue:
             connection.queue.pop(connection, None)
             connection.queue = queue
             queue[connection] = None
         queue.move_to_end(connection)
 
-    def keep(self, connection: Connection) -> None:
-        """Wait for the next request of a connection, or for the rest of one, from now on.
-        """
-        connection.waiting_since = self.now
-        queue = self.idle
+    def wait_for_request(self, connection: Connection) -> None:
+        """Wait for the next request of a connection, or for the rest of one."""
         if connection.received.strip(b"\r\n"):  # more than an empty line
-            queue = self.beginnings
-        self.move(connection, queue)
+            self.wait_for(self.beginnings, connection)
+        else:
+            self.wait_for(self.idle, connection)
+
+    def linger(self, connection: Connection) -> None:
+        """End a connection: send nothing any more, and wait until the client closes it.
+
+        If the connection were closed at once, the system would answer what the client
+        still sends with a reset, and a reset can make the client lose the answer.
+        """
+        try:
+            connection.socket.shutdown(socket.SHUT_WR)
+        except OSError:  # the client has disconnected
+            self.close(connection)
+            return
+        self.wait_for(self.lingering, connection)
 
     def close(self, connection: Connection) -> None:
         """Close a connection that does not belong to a thread."""
@@ -1411,15 +1424,15 @@ class Server(http.server.ThreadingHTTPServer):
         connection.socket.close()
 
     def unregister(self, connection: Connection) -> None:
-        """Stop waiting for what a client sends."""
+        """Remove a connection from the selector, if it is there."""
         try:
             self.selector.unregister(connection.socket)
         except (KeyError, ValueError):
-            pass  # it is not registered
+            pass
 
     # Requests
 
-    def attempt(self, step: Callable[[Connection], None], connection: Connection) -> None:
+    def try_to(self, step: Callable[[Connection], None], connection: Connection) -> None:
         """Call `step` for a connection; if that fails, log it and close the connection.
         """
         try:
@@ -1429,21 +1442,21 @@ class Server(http.server.ThreadingHTTPServer):
             self.handle_error(connection, connection.address)
 
     def receive(self, connection: Connection) -> None:
-        """Take what a client has sent, and see to it."""
+        """Take what a client has sent, and go on with its connection."""
         try:
             data = connection.socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return
         except OSError:  # the client has reset the connection
             data = b""
-        if data:
-            connection.received += data
-            self.proceed(connection)
-        else:
+        if not data:
             self.close(connection)
+        elif connection.queue is not self.lingering:  # there, `data` is discarded
+            connection.received += data
+            self.go_on(connection)
 
-    def proceed(self, connection: Connection) -> None:
-        """Answer the requests that a connection has received, and decide what is next."""
+    def go_on(self, connection: Connection) -> None:
+        """Answer requests that have been received, and decide what to do next."""
         size = 0
         try:
             while connection.received and size < TURN_BYTES and not connection.must_close:
@@ -1455,15 +1468,15 @@ class Server(http.server.ThreadingHTTPServer):
             connection.needs_disk = True
             self.hand_over(connection)
             return
-        if not connection.unsent:
-            if connection.queue is not self.beginnings:  # there, it keeps its place
-                self.keep(connection)
-        elif not self.send(connection) or connection.must_linger:
+        is_waiting = connection.queue is self.beginnings and not connection.unsent
+        if not self.send(connection):
             self.hand_over(connection)
+        elif connection.must_linger:
+            self.linger(connection)
         elif connection.must_close:
             self.close(connection)
-        else:
-            self.keep(connection)
+        elif not is_waiting:  # if it is, its deadline stays
+            self.wait_for_request(connection)
 
     def answer_next(self, connection: Connection, wait: bool = False) -> int:
         """Answer the next request if it is complete, or if it can already be refused.
@@ -1542,14 +1555,13 @@ class Server(http.server.ThreadingHTTPServer):
         judged_bytes = connection.judged_bytes
         connection.judged_bytes = len(connection.received)
         if judged_bytes > 0:
-            # To judge it after each byte would take quadratic time. So what was valid is
-            # judged again only if a line may have ended, or if it has grown past a limit
-            # (of a head, or of one with an empty line before it).
+            # To judge it again after each byte would take quadratic time, so this is done
+            # only if it has a new line end or has grown past a limit.
             recent = connection.received[judged_bytes - 1:]  # a CR before may now be bare
             has_line_end = b"\r" in recent or b"\n" in recent
             has_passed_limit = any(
                 judged_bytes <= limit < len(connection.received)
-                for limit in (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2))
+                for limit in BEGINNING_LIMITS)
             if not has_line_end and not has_passed_limit:
                 return 0
         verdict = judge_beginning(connection.received)
@@ -1580,12 +1592,12 @@ class Server(http.server.ThreadingHTTPServer):
             answer = answer_head(status, connection.must_close, self.date)
             if status != 204:
                 answer %= size
-            # The client may still be sending: the rest of a head, the body of a request
-            # (but judge_fields refuses a GET or HEAD that has one), or more requests
-            # (before it has taken a long answer).
-            may_send = (
-                status not in (200, 404) or connection.received or size > PIECE_BYTES)
-            connection.must_linger = connection.must_close and bool(may_send)
+        if connection.must_close:
+            # Lingering takes time, so it is left out in the most frequent case: a short
+            # answer to a client that has asked for the end of the connection. It has sent
+            # nothing more, and will not. (Requests with a body get another status.)
+            is_short = status in (200, 404) and size <= PIECE_BYTES
+            connection.must_linger = not is_short or bool(connection.received)
         if head.startswith(b"HEAD "):
             body = b""
             size = 0
@@ -1608,12 +1620,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
 
     def send(self, connection: Connection) -> bool:
-        """Send what is unsent if it can be sent at once, and return whether it is sent.
+        """Send what is unsent, and return whether all of it could be sent at once.
 
-        TURN_BYTES or more are left to a thread, and so is the rest of an answer that the
-        client does not take at once.
+        If not, a thread has to send the rest. TURN_BYTES or more are left to a thread
+        from the beginning. (Requests behind them are answered when it is done.)
         """
         unsent = connection.unsent
+        if not unsent:
+            return True
         try:
             if len(unsent) == 1:  # an answer that is joined to its body, so it is short
                 sent = connection.socket.send(unsent[0])
@@ -1623,10 +1637,9 @@ class Server(http.server.ThreadingHTTPServer):
                 sent = connection.socket.sendmsg(unsent[:JOINED_PARTS])
         except BlockingIOError:
             return False
-        except OSError:  # the client has disconnected, so nothing is left to do
+        except OSError:  # the client has disconnected
             unsent.clear()
             connection.must_close = True
-            connection.must_linger = False
             return True
         while sent >= len(unsent[0]):
             sent -= len(unsent[0])
@@ -1641,12 +1654,11 @@ class Server(http.server.ThreadingHTTPServer):
     def hand_over(self, connection: Connection) -> None:
         """Leave a connection to a Handler, in a thread of its own."""
         self.unregister(connection)
-        self.move(connection, self.handed_over)
-        connection.waiting_since = self.now  # for the client to take what was sent
+        self.wait_for(self.handed_over, connection)
         self.process_request(connection, connection.address)
 
     def process_request(self, request: Connection, client_address: str) -> None:
-        """Start a thread, or close the connection if the system cannot start one.
+        """Start a thread, or give the connection up if the system cannot start one.
 
         This avoids threading.Thread.start, which ThreadingMixIn uses: it waits until the
         new thread runs, and waits forever if memory runs out before that.
@@ -1660,7 +1672,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.log(f"cannot start a thread for {client_address}: {error}")
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Mark a connection to be closed; log the current exception if it is a fault."""
+        """Give a connection up, and log the current exception if it is a fault."""
         request.must_close = True
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
@@ -1678,10 +1690,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.log(f"{self.data.name}: changed in place; send SIGHUP to reload it")
 
     def shutdown_request(self, request: Connection) -> None:
-        """Close a connection or give it back to the loop: a thread's last step."""
+        """Give a connection back to the loop: a thread's last step."""
         request.waiting_since = math.inf
-        if request.must_close:
-            request.socket.close()
         self.returned.append(request)
         try:
             self.wake_sender.send(b"\0")
@@ -1689,11 +1699,11 @@ class Server(http.server.ThreadingHTTPServer):
             pass  # so many wake-ups are under way that one more is not needed
 
     def take_back(self, connection: Connection) -> None:
-        """Take back a connection from its thread."""
-        if connection.must_close:  # the thread has closed it
-            del self.handed_over[connection]
+        """Take back a connection from its thread, and go on with it."""
+        if connection.unsent:  # the thread has failed
+            self.close(connection)
         elif self.register(connection):
-            self.attempt(self.proceed, connection)  # requests may have come meanwhile
+            self.try_to(self.go_on, connection)
 
     # Signals
 
@@ -1730,8 +1740,10 @@ class Signals:
     def __init__(self) -> None:
         self.stop = False                # SIGTERM or Ctrl-C
         self.hangup = False              # SIGHUP, which asks for a reload
-        # The time.monotonic() until which a SIGHUP may come because the terminal was
-        # closed: math.inf as long as the terminal is there.
+        # Until when a SIGHUP may come because the terminal was closed:
+        #     0                    there is none, or nohup protects the server
+        #     math.inf             it is there
+        #     a time.monotonic()   it was there until HANGUP_SECONDS before that
         self.hangup_deadline = 0.0
 
     def catch_hangups(self) -> None:

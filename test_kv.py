@@ -1254,7 +1254,7 @@ def connection_here(test):
     """Return a kv.Connection, and the client's socket at its other end."""
     ours, client = (test.enter(one) for one in socket.socketpair())
     client.settimeout(PATIENCE)
-    return kv.Connection(ours, "a client"), client
+    return kv.Connection(ours, "a client", collections.OrderedDict()), client
 
 
 class Loop(WithExample):
@@ -1752,8 +1752,8 @@ class Limits(Test):
         clients = []
         for number in range(2):
             connection, client = connection_here(self)
+            server.wait_for(server.handed_over, connection)
             connection.waiting_since = number
-            server.move(connection, server.handed_over)
             clients.append(client)
         for client in clients:
             self.assertFalse(server.evict_longest_waiting())
