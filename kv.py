@@ -176,10 +176,9 @@ class Log:
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
-        # `put` asks select whether it can write, but another program may fill the pipe
-        # just then. Nonblocking mode would prevent that, but descriptor 2 must not be in
-        # that mode, because other programs, such as the shell, share it. On Linux,
-        # opening the same pipe or terminal again gives a descriptor with its own mode.
+        # Where that is possible, as on Linux, a pipe or terminal is opened once more, for
+        # a descriptor in nonblocking mode. Descriptor 2 itself must stay in blocking mode,
+        # because other programs, such as the shell, share it.
         is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
         if os.name == "posix" and (is_pipe or self.is_terminal):
             try:
@@ -301,7 +300,8 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
-            if key not in pairs:  # a Sorted accepts only keys above its last one
+            # In a Sorted, all keys count as present that are not above its last one.
+            if key not in pairs:
                 value = pair[2]
                 pairs[key] = value
                 if all_end_in_cr:
@@ -417,7 +417,8 @@ class Sorted:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
-        """Return whether the parser must refuse `key`: it is not above the last one."""
+        """Return whether the parser must refuse `key`, as it is not above the last one.
+        """
         return key <= self.last_key
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
@@ -870,9 +871,9 @@ def judge_fields(method: bytes, version_and_fields: bytes) -> Verdict:
     if len(lengths) > 1 or lengths and not lengths[0].isdigit():
         return refusal(400, "malformed Content-Length (RFC 9112 section 6.2)")
     if codings:
-        *others, last = list_elements(codings) or [b""]
-        is_chunked = last == b"chunked" and b"chunked" not in others
-        if not is_chunked or not all(map(CODING_RE.fullmatch, others)):
+        names = list_elements(codings)
+        is_chunked = names[-1:] == [b"chunked"] and names.count(b"chunked") == 1
+        if not is_chunked or not all(map(CODING_RE.fullmatch, names)):
             return refusal(400, "malformed Transfer-Encoding (RFC 9112 section 6.1)")
     if has_body and method in (b"GET", b"HEAD"):
         return refusal(400, "a GET or HEAD request with a body (RFC 9110 section 9.3)")
@@ -976,8 +977,8 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
     return "\r\n".join(lines + ["", ""]).encode()
 
 
-def lines(keys: List[bytes], get: Callable) -> List[Value]:
-    """Return the lines of those keys that `get` finds, in the same order, in parts."""
+def pair_lines(keys: List[bytes], get: Callable) -> List[Value]:
+    """Return lines of the keys that `get` finds and their values, in parts."""
     parts = []
     for key in dict.fromkeys(keys):  # each key only once
         value = get(key)
@@ -1287,7 +1288,10 @@ class Server(http.server.ThreadingHTTPServer):
         return list(itertools.takewhile(lambda c: c.waiting_since < limit, queue))
 
     def step_reload(self) -> None:
-        """Take a step of a reload, unless it is the requests' turn."""
+        """Take a step of a reload, unless it is the requests' turn.
+
+        If there are requests, they get as much time as the steps of the reload.
+        """
         if self.was_busy and self.now < self.next_step:
             return
         start = time.monotonic()
@@ -1296,14 +1300,15 @@ class Server(http.server.ThreadingHTTPServer):
         except StopIteration:
             self.reload = None
         end = time.monotonic()
-        self.next_step = end + (end - start)  # requests get as much time as the step took
+        self.next_step = end + (end - start)
 
     # Connections
 
     def accept(self) -> bool:
         """Accept a connection, and return whether another one may be waiting.
 
-        If there is no room for it, it replaces the one that has waited longest.
+        If there is no room for it, it replaces the one that has waited longest. (If that
+        belongs to a thread, there is one too many until the thread ends.)
         """
         is_full = self.connection_count() >= self.max_connections
         if is_full and not self.longest_waiting():
@@ -1372,8 +1377,8 @@ class Server(http.server.ThreadingHTTPServer):
     def evict_longest_waiting(self) -> bool:
         """Close the connection that has waited longest for its client.
 
-        Returns whether its descriptor is free now. It is not if no connection waits, or
-        if a thread has to return it first. (SPARE_DESCRIPTORS allow for some of these.)
+        Returns whether a descriptor has become free. None has if no connection waits, or
+        if a thread has to return it first.
         """
         longest = self.longest_waiting()
         if not longest:
@@ -1381,7 +1386,7 @@ class Server(http.server.ThreadingHTTPServer):
         if longest.queue is not self.handed_over:
             self.close(longest)
             return True
-        longest.waiting_since = math.inf  # do not evict it again while its thread ends
+        longest.waiting_since = math.inf  # so that it is not evicted again
         try:
             longest.socket.shutdown(socket.SHUT_RDWR)  # its thread gets an error
         except OSError:
@@ -1493,7 +1498,7 @@ class Server(http.server.ThreadingHTTPServer):
         status, body, must_close = self.answer(head, connection.address, wait)
         connection.received = rest
         connection.judged_bytes = 0
-        if self.is_stopping and not has_sent_more(connection):
+        if self.is_stopping and not has_sent_more(connection):  # it is the last request
             must_close = True
         connection.must_close = must_close
         return self.add_answer(connection, head, status, body)
@@ -1525,7 +1530,7 @@ class Server(http.server.ThreadingHTTPServer):
             if len(keys) > 1:
                 if isinstance(self.data.pairs, Sorted) and not wait:
                     raise BlockingIOError("a long search is left to a thread")
-                return 200, lines(keys, get), must_close
+                return 200, pair_lines(keys, get), must_close
             value = get(keys[0])  # it may differ from the path in case, for example
             if value is None:
                 return 404, KEY_NOT_FOUND, must_close
@@ -1710,10 +1715,10 @@ class Server(http.server.ThreadingHTTPServer):
     def act_on_signals(self) -> None:
         """Start a reload or a stop that a signal asks for."""
         self.signals.look_at_terminal(self.now)
-        if self.signals.hangup and not self.reload:
-            self.signals.hangup = False
+        if self.signals.wants_reload and not self.reload:
+            self.signals.wants_reload = False
             self.reload = self.data.reload()
-        if self.signals.stop and not self.is_stopping:
+        if self.signals.wants_stop and not self.is_stopping:
             self.begin_stop()
 
     def begin_stop(self) -> None:
@@ -1738,8 +1743,8 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.stop = False                # SIGTERM or Ctrl-C
-        self.hangup = False              # SIGHUP, which asks for a reload
+        self.wants_stop = False          # after SIGTERM or Ctrl-C
+        self.wants_reload = False        # after a SIGHUP
         # Until when a SIGHUP may come because the terminal was closed:
         #     0                    there is none, or nohup protects the server
         #     math.inf             it is there
@@ -1763,10 +1768,10 @@ class Signals:
         if time.monotonic() < self.hangup_deadline and not has_terminal():
             os.kill(os.getpid(), signal.SIGTERM)  # it also ends a load
         else:
-            self.hangup = True
+            self.wants_reload = True
 
     def on_stop(self, number: int, _) -> None:
-        self.stop = True
+        self.wants_stop = True
         if number == signal.SIGINT:  # the next Ctrl-C ends the server at once
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -2045,8 +2050,9 @@ def ask_together(
         key, space, value = line.partition(b" ")
         if space:
             values[key.decode("latin-1")] = value
-    is_malformed = rest or len(values) < len(lines)  # a line without a space, a key twice
-    if is_malformed or not values.keys() <= set(names):
+    if rest or len(values) < len(lines):  # the last line is cut off, or another is bad
+        return None
+    if not values.keys() <= set(names):
         return None
     return values
 
@@ -2236,19 +2242,20 @@ def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO)
     values = find(names, options.url, options.timeout)
     code = 0
     for key in keys:
+        value = None
+        if key not in faults:
+            value = next(values)  # of the next one of `names`, which is that of `key`
+        if value is not None:
+            output.write(value)
+            output.write(b"\n")
+            continue
+        output.flush()  # so that values and messages are in order on a terminal
         if key in faults:
-            fault = faults[key]
+            complain(faults[key])
             code = 2
         else:
-            value = next(values)
-            if value is not None:
-                output.write(value)
-                output.write(b"\n")
-                continue
-            fault = f"{escape(key)}: not found"
+            complain(f"{escape(key)}: not found")
             code = max(code, 1)
-        output.flush()  # so that values and messages are in order on a terminal
-        complain(fault)
     output.flush()
     return code
 
