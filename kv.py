@@ -14,7 +14,7 @@ The sections follow the flow of data:
     Requests           judge: the head of a request becomes a verdict
     Answers            answer_head: a status becomes the head of an answer
     Threads            Handler: waits for one client, or for the disk
-    The loop           Server: does everything that does not have to wait
+    The loop           Server: does everything that cannot block
     serve              starts a server
     get                asks a server
     The command line
@@ -70,7 +70,7 @@ __version__ = "2.0"
 
 # The data file
 STEP_BYTES = 1 << 14          # bytes of the file to parse in one step of a reload
-STEP_PAIRS = 64               # pairs of the old dict to free in one step
+STEP_PAIRS = 500              # pairs of the old dict to free in one step
 BAD_LINES_SHOWN = 10          # bad lines to name; the others are only counted
 BAD_LINE_BYTES = 50           # bytes of a bad line to show
 PROGRESS_SECONDS = 1.0        # a load that takes longer shows its progress
@@ -113,8 +113,8 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # when a terminal is closed, SIGHUP comes within this time;
-                              # a later one asks for a reload
+HANGUP_SECONDS = 1.0          # from the closing of a terminal until its SIGHUP; any other
+                              # SIGHUP asks for a reload
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
@@ -176,9 +176,9 @@ class Log:
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
-        # Where that is possible, as on Linux, a pipe or terminal is opened once more, for
-        # a descriptor in nonblocking mode. Descriptor 2 itself must stay in blocking mode,
-        # because other programs, such as the shell, share it.
+        # Where possible, as on Linux, reopen a pipe or terminal to get a descriptor in
+        # nonblocking mode. Descriptor 2 itself must stay in blocking mode, because other
+        # programs, such as the shell, share it.
         is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
         if os.name == "posix" and (is_pipe or self.is_terminal):
             try:
@@ -300,7 +300,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
-            # In a Sorted, all keys count as present that are not above its last one.
+            # (In a Sorted, every key that is not above the last one counts as present.)
             if key not in pairs:
                 value = pair[2]
                 pairs[key] = value
@@ -367,9 +367,9 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
 # ---------------------------------------------------------------------------
 # Sorted files
 #
-# Version 4 UUIDs are random. So the place of a key in a file that is sorted by its keys
-# can be estimated from the key itself, much as one opens a printed encyclopedia near its
-# end for "submarine".
+# Version 4 UUIDs are random. The place of a key in a file that is sorted by its keys can
+# therefore be estimated from the key itself, much as one opens a printed encyclopedia
+# near its end for "submarine".
 
 PREFIX_BYTES = KEY_BYTES + 2                              # a newline, a key and a space
 FIRST_KEY_RE = re.compile(rb"\n(" + KEY + rb") ")         # first key in a page
@@ -388,8 +388,13 @@ class Sorted:
     """The pairs of a file that is sorted by its lower-case keys, looked up in the file.
 
     To the parser this is a dict that takes keys in ascending order only (`in`, item
-    assignment, `len`). It keeps none of the pairs; it only notes the position of the
-    parser about every MARK_BYTES. To the server it has a `get` like that of a dict.
+    assignment, `len`). It keeps none of the pairs; it only notes a key and its offset in
+    the file about every MARK_BYTES. To the server it has a `get` like that of a dict.
+
+    A lookup reads the file in pages. A page has the PAGE_BYTES from its offset on, and
+    what is needed to find the lines that begin in these: the byte before them, which may
+    be a newline, and enough bytes after them to complete a key. So index 0 of a page is
+    the byte at its offset - 1.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -402,9 +407,8 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # A mark is a key, as a 128-bit number, and the offset at which its line ends. A
-        # line with a higher key begins at that offset or later; all others begin before
-        # it. The first and the last mark stand for the ends of the file.
+        # The marks: numbers of keys (their 128 bits), and the offsets of their lines. The
+        # first and the last of them stand for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [0, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -417,8 +421,7 @@ class Sorted:
         return self.count
 
     def __contains__(self, key: bytes) -> bool:
-        """Return whether the parser must refuse `key`, as it is not above the last one.
-        """
+        """Return whether the parser must refuse `key`: a duplicate, or out of order."""
         return key <= self.last_key
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
@@ -428,8 +431,11 @@ class Sorted:
         self.bytes_since_mark += PREFIX_BYTES + len(value)
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
+            # If the last line has no newline, this is one less than its offset. That
+            # does no harm: no other line begins there.
+            offset = max(0, self.file.tell() - PREFIX_BYTES - len(value))
             self.mark_numbers.insert(-1, key_number(key))
-            self.mark_offsets.insert(-1, self.file.tell())  # the end of the line
+            self.mark_offsets.insert(-1, offset)
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Value]":
         """Return the value of `key`, or None if there is no such key.
@@ -441,13 +447,13 @@ class Sorted:
         if not KEY_RE.fullmatch(key):  # callers pass paths that are not validated
             return None
         number = key_number(key)
-        mark = bisect.bisect_left(self.mark_numbers, number)
+        mark = bisect.bisect_right(self.mark_numbers, number)
         low = self.mark_offsets[mark - 1]
         low_number = self.mark_numbers[mark - 1]
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
-        # If the key has a line, it begins at `low` or later, and before `high`. Their
-        # numbers are those of keys nearby: low_number < number <= high_number.
+        # If the key has a line, the offset of that is at least `low`, and below `high`.
+        # The numbers are those of keys nearby: low_number <= number < high_number.
         probes = 0
         while low < high:
             probes += 1
@@ -456,7 +462,8 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            probe = max(low, guess - PAGE_BYTES // 2)  # the guess is in mid-page
+            # Read the page around the guess, or if no line begins in it, one behind it.
+            probe = max(low, guess - PAGE_BYTES // 2)
             found = self.page_with_key(probe, high, wait)
             if not found:  # no line begins from `probe` to `high`
                 high = probe
@@ -465,21 +472,21 @@ class Sorted:
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_in(page, offset, line + PREFIX_BYTES, wait)
-            last_key = LAST_KEY_RE.match(page)[1]  # it may be the first one as well
+            last_key = LAST_KEY_RE.match(page)[1]  # possibly the same as the first
             if key < first_key:
                 high = probe
                 high_number = key_number(first_key)
             elif key > last_key:
                 low = offset + PAGE_BYTES
                 low_number = key_number(last_key)
-            else:  # its line would have to be between these two
+            else:  # its line would have to be in this page
                 return None
         return None
 
     def page_with_key(
             self, offset: int, high: int, wait: bool
     ) -> Optional[Tuple[int, bytes, bytes]]:
-        """Return the first page, from `offset` on, in which a line begins.
+        """Return the first page, at `offset` or later, in which a line begins.
 
         Returns its offset, the page, and the first key in it. Returns None if no line
         begins from `offset` to `high`.
@@ -497,20 +504,17 @@ class Sorted:
                 raise BlockingIOError("a long search is left to a thread")
         return None
 
-    # Of a page, more than PAGE_BYTES are read: the byte before it, which is a newline if
-    # a line begins with the page, and as much after it as completes the keys of lines
-    # that begin in it. So index 0 of these bytes is at offset - 1.
-
     def read_page(self, offset: int, wait: bool) -> bytes:
-        """Read the page at `offset`, as described above."""
-        if offset == 0:
-            return b"\n" + self.read(0, PAGE_BYTES + PREFIX_BYTES - 2, wait)
-        return self.read(offset - 1, PAGE_BYTES + PREFIX_BYTES - 1, wait)
+        """Return a page; the docstring of the class says what is in it."""
+        bytes_behind = PREFIX_BYTES - 2  # to complete the key of a line at the last byte
+        if offset == 0:  # as if a newline stood before the file
+            return b"\n" + self.read(0, PAGE_BYTES + bytes_behind, wait)
+        return self.read(offset - 1, 1 + PAGE_BYTES + bytes_behind, wait)
 
     def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
         """Return the value that begins at `index` of the page at `offset`.
 
-        If `wait` is true, a long value is a StoredValue, which threads send in pieces.
+        If `wait` is true, a long value is a StoredValue: only threads can send these.
         """
         start = offset - 1 + index
         newline = page.find(b"\n", index)
@@ -562,9 +566,9 @@ class Sorted:
         try:
             count = os.preadv(self.descriptor, [content], offset, self.nowait_flag)
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise  # BlockingIOError, most likely
-            self.nowait_flag = 0  # some file systems, such as tmpfs, lack it
+            self.nowait_flag = 0  # some systems and file systems, such as tmpfs, lack it
             return os.pread(self.descriptor, size, offset)
         if count < size and offset + count < self.size:
             raise BlockingIOError("only a part of this range is in memory")
@@ -768,14 +772,14 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the path in it, without its first slash, and the verdict. If that is 200, the
-    path has not been judged: nearly all paths are keys in the data, so the caller looks
-    them up first, and only if that finds nothing, has them judged by `judge_path`.
+    Returns the path in it, without its first slash, and the verdict. If the status is
+    200, the path may have any bytes but spaces, even line ends: nearly all paths are keys
+    in the data, so the caller looks them up first, and only if that finds nothing, calls
+    `judge_path`, which refuses malformed ones.
     """
     words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
-    # In a malformed head, the target may have any bytes but spaces, even line ends.
     method, target, version_and_fields = words
     if len(head) <= VERDICT_BYTES:
         verdict = judge_fields_cached(method, version_and_fields)
@@ -795,7 +799,7 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the beginning of one, is too long; else None."""
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     if len(line) > LINE_BYTES:
-        # If it came slowly, it would have been refused for that long ago.
+        # Had it come in pieces, a malformed one would already have been refused as such.
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
         method = line.partition(b" ")[0]
@@ -838,8 +842,8 @@ def judge_line(line: bytes) -> Tuple[bytes, Optional[Verdict]]:
 def judge_fields(method: bytes, version_and_fields: bytes) -> Verdict:
     """Judge all of a head except its target.
 
-    An invalid method or version also leads to some verdict that is not 200. `judge` then
-    has the reason from `judge_line`.
+    An invalid method or version never leads to a verdict of 200. `judge` then gets the
+    reason from `judge_line`.
     """
     version, *fields = version_and_fields.split(b"\r\n")
     if not VERSION_1_RE.fullmatch(version):
@@ -920,10 +924,6 @@ def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
     return keys, None
 
 
-# Beyond these lengths, a beginning may be too long; one empty line may precede.
-BEGINNING_LIMITS = (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2)
-
-
 def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     """Return a refusal if the beginning of a head is already invalid, or None.
 
@@ -978,7 +978,7 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
 
 
 def pair_lines(keys: List[bytes], get: Callable) -> List[Value]:
-    """Return lines of the keys that `get` finds and their values, in parts."""
+    """Return a line with key and value for each key that `get` finds, in parts."""
     parts = []
     for key in dict.fromkeys(keys):  # each key only once
         value = get(key)
@@ -1018,7 +1018,7 @@ class Connection:
         self.unsent: list = []
         # Whether to close the connection once everything has been sent.
         self.must_close = False
-        # Whether to linger before that.
+        # Whether to linger before closing it.
         self.must_linger = False
 
 
@@ -1032,9 +1032,9 @@ class Handler(socketserver.BaseRequestHandler):
     """
 
     def handle(self) -> None:
-        """Do what has to wait, and leave everything else to the loop."""
+        """Do what may block, and leave everything else to the loop."""
         connection = self.request
-        self.send_unsent()
+        self.send_unsent()  # answers to earlier requests
         if connection.needs_disk:
             connection.needs_disk = False
             connection.waiting_since = math.inf
@@ -1076,23 +1076,23 @@ CAN_GATHER = hasattr(socket.socket, "sendmsg")  # Windows lacks it
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The loop: does everything that does not have to wait for one client or the disk.
+    """The loop: does everything that cannot block.
 
-    What may have to wait is handed over to a thread: an answer that is large or that the
-    client does not take immediately, and a lookup in pages that are not in memory. Making
-    the socket and running a Handler in a thread are inherited from ThreadingHTTPServer;
+    What may block is handed over to a thread: an answer that is large or that the client
+    does not take immediately, and a lookup in pages that are not in memory. Making the
+    socket and running a Handler in a thread are inherited from ThreadingHTTPServer;
     serve_forever is overridden.
 
-    Each connection is in one of four queues, which say what it waits for:
+    Each connection is in one of four queues. They say what it is waiting for:
 
         idle           the client's next request
         beginnings     the rest of a request
-        lingering      the client's closing of a connection that the server ends
+        lingering      the client to close a connection that the server has shut down
         handed_over    a thread, which puts it into `returned` and wakes the loop when it
                        is done
 
-    In the first three, the first connection has waited longest, so it is the next to
-    expire, or to be evicted. Only the loop uses the selector, and closes connections.
+    In the first three, the first connection has waited longest, so it is the next one to
+    expire or to be evicted. Only the loop touches the selector and closes connections.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1165,29 +1165,29 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
 
-        This must fail if another server has the port, even one that still loads its data.
-        It must not fail because closed connections of an earlier server are still there,
-        in state TIME_WAIT.
+        The socket option SO_REUSEADDR changes over time:
+
+            first attempt    off    It fails if anything is left at the port.
+            second attempt   on     It succeeds if that is only closed connections of an
+                                    earlier server, in state TIME_WAIT.
+            until it listens off    The second attempt of another server fails.
+            from then on     on     Connections inherit it: the second attempt of a later
+                                    server would fail if they did not have it.
         """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
-            socketserver.TCPServer.server_bind(self)  # fails in both cases
+            socketserver.TCPServer.server_bind(self)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
-            # With SO_REUSEADDR, it fails only if another server has the port: one that
-            # listens, or one that has bound without the option.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             socketserver.TCPServer.server_bind(self)
-            # From now on, others that try this must fail.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
         if os.name == "posix":
-            # Connections inherit the option. It has no effect on them, but without it
-            # they would keep the next server from binding when they are in TIME_WAIT.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1207,9 +1207,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self.recover(error)
 
     def recover(self, error: Exception) -> None:
-        """Log an exception that was not handled, and free memory, as it may be scarce."""
+        """Log an exception that was not handled; if memory has run out, free some."""
         try:
-            self.evict_longest_waiting()
+            if isinstance(error, MemoryError):
+                self.evict_longest_waiting()
             self.log(f"fault in the loop: {error!r}")
         except MemoryError:
             pass  # one connection fewer may suffice for the next round
@@ -1271,10 +1272,15 @@ class Server(http.server.ThreadingHTTPServer):
             self.selector.register(self.socket, selectors.EVENT_READ)
             self.is_accepting = True
         self.act_on_signals()
-        idle_seconds = DRAIN_IDLE_SECONDS if self.is_stopping else IDLE_SECONDS
+        idle_seconds = IDLE_SECONDS
+        linger_seconds = LINGER_SECONDS
+        if self.is_stopping:
+            idle_seconds = DRAIN_IDLE_SECONDS
+            linger_seconds = DRAIN_IDLE_SECONDS
         for connection in self.overdue(self.idle, idle_seconds):
-            self.close(connection)
-        for connection in self.overdue(self.lingering, LINGER_SECONDS):
+            if not has_sent_more(connection):
+                self.close(connection)
+        for connection in self.overdue(self.lingering, linger_seconds):
             self.close(connection)
         for connection in self.overdue(self.beginnings, HEAD_SECONDS):
             verdict = refusal(408, f"no complete request within {HEAD_SECONDS} s")
@@ -1288,9 +1294,9 @@ class Server(http.server.ThreadingHTTPServer):
         return list(itertools.takewhile(lambda c: c.waiting_since < limit, queue))
 
     def step_reload(self) -> None:
-        """Take a step of a reload, unless it is the requests' turn.
+        """Take a step of a reload.
 
-        If there are requests, they get as much time as the steps of the reload.
+        While there are requests, they get as much time after a step as it took.
         """
         if self.was_busy and self.now < self.next_step:
             return
@@ -1311,7 +1317,7 @@ class Server(http.server.ThreadingHTTPServer):
         belongs to a thread, there is one too many until the thread ends.)
         """
         is_full = self.connection_count() >= self.max_connections
-        if is_full and not self.longest_waiting():
+        if is_full and not self.longest_waiting():  # all are busy
             self.pause_accepting()
             return False
         try:
@@ -1328,7 +1334,7 @@ class Server(http.server.ThreadingHTTPServer):
         except MemoryError:
             self.pause_accepting()
             return False
-        if is_full:
+        if is_full:  # not earlier, as there may be no newcomer
             self.evict_longest_waiting()
         name = "unix:"  # a client of a Unix socket has no address
         if isinstance(address, tuple):
@@ -1377,7 +1383,7 @@ class Server(http.server.ThreadingHTTPServer):
     def evict_longest_waiting(self) -> bool:
         """Close the connection that has waited longest for its client.
 
-        Returns whether a descriptor has become free. None has if no connection waits, or
+        Returns whether a descriptor has become free: not if no connection is waiting, or
         if a thread has to return it first.
         """
         longest = self.longest_waiting()
@@ -1410,7 +1416,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.wait_for(self.idle, connection)
 
     def linger(self, connection: Connection) -> None:
-        """End a connection: send nothing any more, and wait until the client closes it.
+        """Shut a connection down, and wait until the client closes it.
 
         If the connection were closed at once, the system would answer what the client
         still sends with a reset, and a reset can make the client lose the answer.
@@ -1473,14 +1479,15 @@ class Server(http.server.ThreadingHTTPServer):
             connection.needs_disk = True
             self.hand_over(connection)
             return
-        is_waiting = connection.queue is self.beginnings and not connection.unsent
+        if not connection.unsent and connection.queue is self.beginnings:
+            return  # it is still the same beginning, so its deadline stays
         if not self.send(connection):
             self.hand_over(connection)
         elif connection.must_linger:
             self.linger(connection)
         elif connection.must_close:
             self.close(connection)
-        elif not is_waiting:  # if it is, its deadline stays
+        else:
             self.wait_for_request(connection)
 
     def answer_next(self, connection: Connection, wait: bool = False) -> int:
@@ -1561,12 +1568,13 @@ class Server(http.server.ThreadingHTTPServer):
         connection.judged_bytes = len(connection.received)
         if judged_bytes > 0:
             # To judge it again after each byte would take quadratic time, so this is done
-            # only if it has a new line end or has grown past a limit.
+            # only if it has a new line end, or has grown past a limit. (The limits are 2
+            # higher if an empty line precedes the head.)
             recent = connection.received[judged_bytes - 1:]  # a CR before may now be bare
             has_line_end = b"\r" in recent or b"\n" in recent
             has_passed_limit = any(
                 judged_bytes <= limit < len(connection.received)
-                for limit in BEGINNING_LIMITS)
+                for limit in (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2))
             if not has_line_end and not has_passed_limit:
                 return 0
         verdict = judge_beginning(connection.received)
@@ -1598,11 +1606,13 @@ class Server(http.server.ThreadingHTTPServer):
             if status != 204:
                 answer %= size
         if connection.must_close:
-            # Lingering takes time, so it is left out in the most frequent case: a short
-            # answer to a client that has asked for the end of the connection. It has sent
-            # nothing more, and will not. (Requests with a body get another status.)
-            is_short = status in (200, 404) and size <= PIECE_BYTES
-            connection.must_linger = not is_short or bool(connection.received)
+            # Lingering takes time, so it is skipped in the most common case: the client
+            # has asked for the end of the connection, and so has sent its last request.
+            # (A 200 or 404 has no other reason to close. While a client takes a long
+            # answer, it may send more all the same.)
+            is_common = status in (200, 404) and not self.is_stopping
+            is_all_sent = not connection.received and size <= PIECE_BYTES
+            connection.must_linger = not (is_common and is_all_sent)
         if head.startswith(b"HEAD "):
             body = b""
             size = 0
@@ -1634,7 +1644,7 @@ class Server(http.server.ThreadingHTTPServer):
         if not unsent:
             return True
         try:
-            if len(unsent) == 1:  # an answer that is joined to its body, so it is short
+            if len(unsent) == 1:  # an answer that is joined to its body, as it is short
                 sent = connection.socket.send(unsent[0])
             elif not CAN_GATHER or sum(map(len, unsent)) >= TURN_BYTES:
                 return False
@@ -1663,7 +1673,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.process_request(connection, connection.address)
 
     def process_request(self, request: Connection, client_address: str) -> None:
-        """Start a thread, or give the connection up if the system cannot start one.
+        """Start a thread, or abandon the connection if the system cannot start one.
 
         This avoids threading.Thread.start, which ThreadingMixIn uses: it waits until the
         new thread runs, and waits forever if memory runs out before that.
@@ -1677,7 +1687,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.log(f"cannot start a thread for {client_address}: {error}")
 
     def handle_error(self, request: Connection, client_address: str) -> None:
-        """Give a connection up, and log the current exception if it is a fault."""
+        """Abandon a connection, and log the current exception if it is a fault."""
         request.must_close = True
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
@@ -1705,7 +1715,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
-        if connection.unsent:  # the thread has failed
+        if connection.unsent:  # the thread has failed to send it
             self.close(connection)
         elif self.register(connection):
             self.try_to(self.go_on, connection)
@@ -1745,27 +1755,25 @@ class Signals:
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
-        # Until when a SIGHUP may come because the terminal was closed:
-        #     0                    there is none, or nohup protects the server
-        #     math.inf             it is there
-        #     a time.monotonic()   it was there until HANGUP_SECONDS before that
-        self.hangup_deadline = 0.0
+        self.stops_with_terminal = False   # whether it was started on one, without nohup
+        self.terminal_lost = math.inf    # time.monotonic() when the terminal was gone
 
     def catch_hangups(self) -> None:
         """Catch SIGHUP from now on."""
         if hasattr(signal, "SIGHUP"):  # Windows lacks it
             is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            if has_terminal() and not is_nohup:
-                self.hangup_deadline = math.inf
+            self.stops_with_terminal = has_terminal() and not is_nohup
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Set the deadline when the terminal has gone."""
-        if self.hangup_deadline == math.inf and not has_terminal():
-            self.hangup_deadline = now + HANGUP_SECONDS
+        """Notice when the terminal is gone."""
+        if self.stops_with_terminal and self.terminal_lost == math.inf:
+            if not has_terminal():
+                self.terminal_lost = now
 
     def on_hangup(self, *_) -> None:
-        if time.monotonic() < self.hangup_deadline and not has_terminal():
+        is_late = time.monotonic() > self.terminal_lost + HANGUP_SECONDS
+        if self.stops_with_terminal and not is_late and not has_terminal():
             os.kill(os.getpid(), signal.SIGTERM)  # it also ends a load
         else:
             self.wants_reload = True
@@ -1813,8 +1821,8 @@ class CannotServe(Exception):
 def serve(options: argparse.Namespace) -> int:
     """Serve the pairs in a file until SIGTERM or Ctrl-C. Returns the exit code.
 
-    Until the data is loaded, both raise KeyboardInterrupt. After that, their handler is
-    Signals.on_stop.
+    Until the data is loaded, both signals raise KeyboardInterrupt. After that, they are
+    handled by Signals.on_stop.
     """
     log = Log(options.verbose)
     signal.signal(signal.SIGTERM, end_load)
@@ -1973,11 +1981,11 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server did not answer, or not like kv; the message says why."""
+    """A server did not answer, or its answer is not one of kv; the message says why."""
 
 
 class BadAnswer(AskError):
-    """A server answered, but not with what was asked for; the message says with what."""
+    """A server answered, but with something else; the message says with what."""
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):

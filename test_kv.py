@@ -1385,6 +1385,8 @@ class Loop(WithExample):
             self.assertEqual(client.answer()[0], 400)
         for _ in range(50):
             self.assertEqual(soon(other), OTHER_VALUE)
+        if sys.platform == "linux":
+            self.assertEqual(server.threads(), 2)  # the other one is that of `stuck`
         trickling.send(GET_KEY[20:])
         self.assertEqual(len(trickling.answer()[2]), SIZE)
         self.assertEqual(len(stuck.answer()[2]), SIZE)
@@ -1392,8 +1394,9 @@ class Loop(WithExample):
 
     def test_last_answers_arrive_although_the_client_still_sends(self):
         medium = key(1) + b" " + b"x" * 40000 + b"\n"  # sent by the loop itself
-        server = self.serve(medium + LARGE)
+        server = self.serve(medium + LARGE, limits={"HEAD_SECONDS": 0.7})
         for status, request, behind in (
+                (408, b"GET / HTTP/1.1\r\n", b"X: x\r\n" * 2000),
                 (405, head("POST", "/", "Content-Length: 50000000"), b"x" * 200000),
                 (501, b"x" * 20000, b"x" * 200000),
                 (400, ask_for(KEY, "bad"), b"x" * 200000),
