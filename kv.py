@@ -113,8 +113,8 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # from the closing of a terminal until its SIGHUP; any other
-                              # SIGHUP asks for a reload
+HANGUP_SECONDS = 1.0          # longest time from the closing of a terminal until the
+                              # SIGHUP that it causes
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
@@ -300,7 +300,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
-            # (In a Sorted, every key that is not above the last one counts as present.)
+            # (A Sorted says that it has any key up to its last one, so they are refused.)
             if key not in pairs:
                 value = pair[2]
                 pairs[key] = value
@@ -309,7 +309,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
                 continue
         if line == b"\n":  # empty lines are allowed
             continue
-        # From here on, the line is a bad one.
+        # The line is bad.
         if number == 1:
             refuse_compressed(line, name)
         bad_count += 1
@@ -391,10 +391,14 @@ class Sorted:
     assignment, `len`). It keeps none of the pairs; it only notes a key and its offset in
     the file about every MARK_BYTES. To the server it has a `get` like that of a dict.
 
-    A lookup reads the file in pages. A page has the PAGE_BYTES from its offset on, and
-    what is needed to find the lines that begin in these: the byte before them, which may
-    be a newline, and enough bytes after them to complete a key. So index 0 of a page is
-    the byte at its offset - 1.
+    A lookup reads the file in pages, of which each has
+
+        1 byte          from before its offset: the newline of the line before, perhaps
+        PAGE_BYTES      from its offset on
+        KEY_BYTES       after these
+
+    so that it has the whole key of each line that begins in its PAGE_BYTES. Here, a line
+    means one with a pair, not an empty one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -431,8 +435,8 @@ class Sorted:
         self.bytes_since_mark += PREFIX_BYTES + len(value)
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # If the last line has no newline, this is one less than its offset. That
-            # does no harm: no other line begins there.
+            # The parser has read up to the end of the line. (If it is the last line, and
+            # has no newline, this is one less than its offset, which does no harm.)
             offset = max(0, self.file.tell() - PREFIX_BYTES - len(value))
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, offset)
@@ -452,7 +456,7 @@ class Sorted:
         low_number = self.mark_numbers[mark - 1]
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
-        # If the key has a line, the offset of that is at least `low`, and below `high`.
+        # If the key is in the file, its line begins at `low` or later, but before `high`.
         # The numbers are those of keys nearby: low_number <= number < high_number.
         probes = 0
         while low < high:
@@ -462,7 +466,7 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            # Read the page around the guess, or if no line begins in it, one behind it.
+            # Read the page around the guess, or the next one in which a line begins.
             probe = max(low, guess - PAGE_BYTES // 2)
             found = self.page_with_key(probe, high, wait)
             if not found:  # no line begins from `probe` to `high`
@@ -473,13 +477,13 @@ class Sorted:
             if line >= 0:
                 return self.value_in(page, offset, line + PREFIX_BYTES, wait)
             last_key = LAST_KEY_RE.match(page)[1]  # possibly the same as the first
-            if key < first_key:
+            if key < first_key:  # its line begins before this page
                 high = probe
                 high_number = key_number(first_key)
-            elif key > last_key:
+            elif key > last_key:  # its line begins after this page
                 low = offset + PAGE_BYTES
                 low_number = key_number(last_key)
-            else:  # its line would have to be in this page
+            else:  # its line would begin in this page
                 return None
         return None
 
@@ -497,19 +501,18 @@ class Sorted:
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
-            # The page is inside a long value, so continue with the line after that.
+            # The page is inside a long value, so continue after the end of that.
             newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
             offset = newline + 1
-            if offset > search_end and not wait:  # among many empty lines, perhaps
+            if offset > search_end and not wait:  # as if among thousands of empty lines
                 raise BlockingIOError("a long search is left to a thread")
         return None
 
     def read_page(self, offset: int, wait: bool) -> bytes:
-        """Return a page; the docstring of the class says what is in it."""
-        bytes_behind = PREFIX_BYTES - 2  # to complete the key of a line at the last byte
+        """Return the page at `offset`, which has what the docstring of the class says."""
         if offset == 0:  # as if a newline stood before the file
-            return b"\n" + self.read(0, PAGE_BYTES + bytes_behind, wait)
-        return self.read(offset - 1, 1 + PAGE_BYTES + bytes_behind, wait)
+            return b"\n" + self.read(0, PAGE_BYTES + KEY_BYTES, wait)
+        return self.read(offset - 1, 1 + PAGE_BYTES + KEY_BYTES, wait)
 
     def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
         """Return the value that begins at `index` of the page at `offset`.
@@ -773,11 +776,10 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
     Returns the path in it, without its first slash, and the verdict. If the status is
-    200, the path may have any bytes but spaces, even line ends: nearly all paths are keys
-    in the data, so the caller looks them up first, and only if that finds nothing, calls
-    `judge_path`, which refuses malformed ones.
+    200, the path may be malformed: nearly all paths are keys in the data, so the caller
+    looks them up first, and only if that finds nothing, has them judged by `judge_path`.
     """
-    words = head.split(b" ", 2)
+    words = head.split(b" ", 2)  # the first two spaces should be in the request line
     if len(words) < 3:
         return b"", MALFORMED_LINE
     method, target, version_and_fields = words
@@ -788,7 +790,8 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
         if too_long:
             return b"", too_long
         verdict = judge_fields(method, version_and_fields)
-    if verdict[0] == 200 and target.startswith(b"/"):  # nearly always
+    are_in_line = b"\r" not in target  # there may be a line end before the second space
+    if verdict[0] == 200 and target.startswith(b"/") and are_in_line:  # nearly always
         return target[1:], verdict
     line = head.partition(b"\r\n")[0]
     path, line_refused = judge_line(line)
@@ -799,7 +802,7 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the beginning of one, is too long; else None."""
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     if len(line) > LINE_BYTES:
-        # Had it come in pieces, a malformed one would already have been refused as such.
+        # Judge what a client that sends slowly would have been refused for before.
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
         method = line.partition(b" ")[0]
@@ -978,7 +981,7 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
 
 
 def pair_lines(keys: List[bytes], get: Callable) -> List[Value]:
-    """Return a line with key and value for each key that `get` finds, in parts."""
+    """Return the parts of lines with the keys that `get` finds, and their values."""
     parts = []
     for key in dict.fromkeys(keys):  # each key only once
         value = get(key)
@@ -1097,7 +1100,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     request_queue_size = ACCEPT_QUEUE
     allow_reuse_address = False          # server_bind sets SO_REUSEADDR itself
-    allow_reuse_port = False             # __init__ sets SO_REUSEPORT, in every Python
+    allow_reuse_port = False             # __init__ sets SO_REUSEPORT itself
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
                  signals: "Signals", listener: Optional[socket.socket] = None) -> None:
@@ -1165,14 +1168,15 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
 
-        The socket option SO_REUSEADDR changes over time:
+        Of servers that start at the same time, only one may get the port. But closed
+        connections of an earlier server, in state TIME_WAIT, must not keep it from that.
+        So the socket option SO_REUSEADDR is
 
-            first attempt    off    It fails if anything is left at the port.
-            second attempt   on     It succeeds if that is only closed connections of an
-                                    earlier server, in state TIME_WAIT.
-            until it listens off    The second attempt of another server fails.
-            from then on     on     Connections inherit it: the second attempt of a later
-                                    server would fail if they did not have it.
+            off    at the first attempt: it fails if anything is left at the port;
+            on     at the second attempt: it fails if another server has the port;
+            off    until the server listens, or others could bind with the option, too;
+            on     from then on: connections inherit it. If those in state TIME_WAIT did
+                   not have it, the second attempt of the next server would fail.
         """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -1479,14 +1483,15 @@ class Server(http.server.ThreadingHTTPServer):
             connection.needs_disk = True
             self.hand_over(connection)
             return
-        if not connection.unsent and connection.queue is self.beginnings:
-            return  # it is still the same beginning, so its deadline stays
+        is_unanswered = not connection.unsent
         if not self.send(connection):
             self.hand_over(connection)
         elif connection.must_linger:
             self.linger(connection)
         elif connection.must_close:
             self.close(connection)
+        elif is_unanswered and connection.queue is self.beginnings:
+            pass  # it waits for the rest of the same request, so its deadline stays
         else:
             self.wait_for_request(connection)
 
@@ -1606,13 +1611,13 @@ class Server(http.server.ThreadingHTTPServer):
             if status != 204:
                 answer %= size
         if connection.must_close:
-            # Lingering takes time, so it is skipped in the most common case: the client
-            # has asked for the end of the connection, and so has sent its last request.
-            # (A 200 or 404 has no other reason to close. While a client takes a long
-            # answer, it may send more all the same.)
-            is_common = status in (200, 404) and not self.is_stopping
-            is_all_sent = not connection.received and size <= PIECE_BYTES
-            connection.must_linger = not (is_common and is_all_sent)
+            # The client may still be sending, so linger. As that takes time, it is not
+            # done in the most common case: a short answer to a client that has asked for
+            # the end of its connection, and has sent nothing after that.
+            is_common = (
+                status in (200, 404) and size <= PIECE_BYTES
+                and not connection.received and not self.is_stopping)
+            connection.must_linger = not is_common
         if head.startswith(b"HEAD "):
             body = b""
             size = 0
@@ -1620,7 +1625,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.log_request(connection.address, head, status, size)
         if isinstance(body, list):
             connection.unsent += [answer, *body]
-        elif size > JOINED_BYTES:
+        elif size > JOINED_BYTES:  # any StoredValue is
             connection.unsent += [answer, body]
         else:
             connection.unsent.append(answer + body)
@@ -1644,7 +1649,7 @@ class Server(http.server.ThreadingHTTPServer):
         if not unsent:
             return True
         try:
-            if len(unsent) == 1:  # an answer that is joined to its body, as it is short
+            if len(unsent) == 1:  # a short answer, joined to its body
                 sent = connection.socket.send(unsent[0])
             elif not CAN_GATHER or sum(map(len, unsent)) >= TURN_BYTES:
                 return False
@@ -1772,6 +1777,7 @@ class Signals:
                 self.terminal_lost = now
 
     def on_hangup(self, *_) -> None:
+        """Stop if the terminal has been closed a moment ago; else ask for a reload."""
         is_late = time.monotonic() > self.terminal_lost + HANGUP_SECONDS
         if self.stops_with_terminal and not is_late and not has_terminal():
             os.kill(os.getpid(), signal.SIGTERM)  # it also ends a load
@@ -2252,7 +2258,7 @@ def print_values(keys: List[str], options: argparse.Namespace, output: BinaryIO)
     for key in keys:
         value = None
         if key not in faults:
-            value = next(values)  # of the next one of `names`, which is that of `key`
+            value = next(values)  # they come in the order of `names`
         if value is not None:
             output.write(value)
             output.write(b"\n")

@@ -1404,6 +1404,7 @@ class Loop(WithExample):
                 (200, ask_for(key(1), "Connection: close"), b"\r\n"),
                 (200, ask_for(OTHER_KEY, "Connection: close") + GET_KEY * 2000, b""),
                 (200, ask_for(KEY, "Connection: close"), b"\r\n"),
+                (200, ask_for(KEY, "Connection: close") + GET_KEY[:9], GET_KEY[9:]),
                 (200, ask_for(KEY, "Connection: close"), GET_KEY * 200)):
             with self.subTest(status):
                 client = server.connect(receive_buffer=4096)
