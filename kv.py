@@ -113,8 +113,7 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # longest time from the closing of a terminal until the
-                              # SIGHUP that it causes
+HANGUP_SECONDS = 1.0          # how long after a terminal is closed its SIGHUP may arrive
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
@@ -300,7 +299,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
-            # (A Sorted says that it has any key up to its last one, so they are refused.)
+            # For a Sorted, `in` is also true of a key that is out of order.
             if key not in pairs:
                 value = pair[2]
                 pairs[key] = value
@@ -391,14 +390,15 @@ class Sorted:
     assignment, `len`). It keeps none of the pairs; it only notes a key and its offset in
     the file about every MARK_BYTES. To the server it has a `get` like that of a dict.
 
-    A lookup reads the file in pages, of which each has
+    A lookup reads the file in pages. Each page consists of
 
-        1 byte          from before its offset: the newline of the line before, perhaps
-        PAGE_BYTES      from its offset on
-        KEY_BYTES       after these
+        1 byte        before its offset: a newline, if a line begins at the offset
+        PAGE_BYTES    from its offset on
+        KEY_BYTES     after these: if a line begins in the last of the PAGE_BYTES, this
+                      completes its key and the space after that
 
-    so that it has the whole key of each line that begins in its PAGE_BYTES. Here, a line
-    means one with a pair, not an empty one.
+    So a page has the keys of all lines that begin in its PAGE_BYTES, and of no others.
+    Here, a line means one with a pair, not an empty one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -417,7 +417,7 @@ class Sorted:
         self.mark_offsets = [0, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
         self.bytes_since_mark = 0
-        # Makes preadv read only what is in memory; 0 where the system cannot do that.
+        # The flag that makes preadv read only what is in memory; 0 if there is none.
         self.nowait_flag = getattr(os, "RWF_NOWAIT", 0)
         self.is_change_logged = False    # whether a change in place was logged
 
@@ -432,21 +432,22 @@ class Sorted:
         """Note the key of the line that the parser has just read."""
         self.last_key = key
         self.count += 1
-        self.bytes_since_mark += PREFIX_BYTES + len(value)
+        line_bytes = KEY_BYTES + 1 + len(value) + 1  # with a space and a newline
+        self.bytes_since_mark += line_bytes
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has read up to the end of the line. (If it is the last line, and
-            # has no newline, this is one less than its offset, which does no harm.)
-            offset = max(0, self.file.tell() - PREFIX_BYTES - len(value))
+            # The parser has read up to the end of the line. (If the last line has no
+            # newline, the offset is too low by one, which does no harm.)
+            offset = max(0, self.file.tell() - line_bytes)
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, offset)
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Value]":
         """Return the value of `key`, or None if there is no such key.
 
-        Unless `wait` is true, raises BlockingIOError instead of reading a long value, or
-        pages that are not in memory. (If the system cannot tell, it reads them.) Raises
-        FileChanged and Unreadable.
+        Threads set `wait`. Without it, raises BlockingIOError instead of reading a long
+        value, or pages that are not in memory. (If the system cannot tell, it reads
+        them.) Raises FileChanged and Unreadable.
         """
         if not KEY_RE.fullmatch(key):  # callers pass paths that are not validated
             return None
@@ -457,7 +458,8 @@ class Sorted:
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
         # If the key is in the file, its line begins at `low` or later, but before `high`.
-        # The numbers are those of keys nearby: low_number <= number < high_number.
+        # Each round raises `low` or lowers `high`. The numbers serve only to estimate the
+        # place of the key: low_number <= number < high_number.
         probes = 0
         while low < high:
             probes += 1
@@ -501,23 +503,24 @@ class Sorted:
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
-            # The page is inside a long value, so continue after the end of that.
+            # The page is inside a long value, or it has only empty lines. Continue with
+            # the next line after it.
             newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
             offset = newline + 1
-            if offset > search_end and not wait:  # as if among thousands of empty lines
+            if offset > search_end and not wait:
                 raise BlockingIOError("a long search is left to a thread")
         return None
 
     def read_page(self, offset: int, wait: bool) -> bytes:
-        """Return the page at `offset`, which has what the docstring of the class says."""
-        if offset == 0:  # as if a newline stood before the file
+        """Return the page at `offset`, as described in the docstring of the class."""
+        if offset == 0:  # act as if a newline preceded the file
             return b"\n" + self.read(0, PAGE_BYTES + KEY_BYTES, wait)
         return self.read(offset - 1, 1 + PAGE_BYTES + KEY_BYTES, wait)
 
     def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
         """Return the value that begins at `index` of the page at `offset`.
 
-        If `wait` is true, a long value is a StoredValue: only threads can send these.
+        A long value is returned to a thread as a StoredValue.
         """
         start = offset - 1 + index
         newline = page.find(b"\n", index)
@@ -609,7 +612,9 @@ class StoredValue:
 
 Pairs = Union[Dict[bytes, bytes], Sorted]
 Value = Union[bytes, StoredValue]
-Body = Union[Value, List[Value]]  # the body of an answer; a list contains its parts
+# The body of an answer. A list contains its parts; lists and StoredValues are longer than
+# JOINED_BYTES.
+Body = Union[Value, List[Value]]
 
 
 # ---------------------------------------------------------------------------
@@ -779,7 +784,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     200, the path may be malformed: nearly all paths are keys in the data, so the caller
     looks them up first, and only if that finds nothing, has them judged by `judge_path`.
     """
-    words = head.split(b" ", 2)  # the first two spaces should be in the request line
+    # If the second space is not in the request line, the target has a line end in it. Such
+    # a path is not in the data, so `judge_path` refuses it.
+    words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
     method, target, version_and_fields = words
@@ -790,8 +797,7 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
         if too_long:
             return b"", too_long
         verdict = judge_fields(method, version_and_fields)
-    are_in_line = b"\r" not in target  # there may be a line end before the second space
-    if verdict[0] == 200 and target.startswith(b"/") and are_in_line:  # nearly always
+    if verdict[0] == 200 and target.startswith(b"/"):  # nearly always
         return target[1:], verdict
     line = head.partition(b"\r\n")[0]
     path, line_refused = judge_line(line)
@@ -802,7 +808,8 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the beginning of one, is too long; else None."""
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     if len(line) > LINE_BYTES:
-        # Judge what a client that sends slowly would have been refused for before.
+        # The refusal must not depend on how fast the head arrives: had it come byte by
+        # byte, a malformed line would have been refused before it was too long.
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
         method = line.partition(b" ")[0]
@@ -933,8 +940,6 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
     Judges the length, the request line and line ends, so that bad requests are refused
     before they are complete. Fields are judged when the head is complete.
     """
-    if beginning.startswith(b"\r\n"):  # one empty line may precede (RFC 9112 section 2.2)
-        beginning = beginning[2:]
     too_long = judge_length(beginning)
     if too_long:
         return too_long
@@ -980,14 +985,16 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
     return "\r\n".join(lines + ["", ""]).encode()
 
 
-def pair_lines(keys: List[bytes], get: Callable) -> List[Value]:
-    """Return the parts of lines with the keys that `get` finds, and their values."""
+def pair_lines(keys: List[bytes], get: Callable) -> Body:
+    """Return lines with the keys that `get` finds, and their values."""
     parts = []
     for key in dict.fromkeys(keys):  # each key only once
         value = get(key)
         if value is not None:
             parts += [key + b" ", value, b"\n"]
-    return parts
+    if sum(map(len, parts)) > JOINED_BYTES:
+        return parts
+    return b"".join(parts)
 
 
 # ---------------------------------------------------------------------------
@@ -997,8 +1004,8 @@ class Connection:
     """What the server knows about one client."""
 
     __slots__ = (
-        "socket", "address", "queue", "waiting_since", "received", "judged_bytes",
-        "needs_disk", "unsent", "must_close", "must_linger")
+        "socket", "address", "queue", "waiting_since", "received", "has_skipped_line",
+        "judged_bytes", "needs_disk", "unsent", "must_close", "must_linger")
 
     def __init__(self, client_socket: socket.socket, address: str,
                  queue: collections.OrderedDict) -> None:
@@ -1009,11 +1016,13 @@ class Connection:
         queue[self] = None
         # The time.monotonic() at which the server began to wait for the client: for a
         # request, for the rest of one, or for the client to take more of an answer. It is
-        # math.inf while the client waits for the server.
+        # math.inf while a thread waits for the disk, and when a thread is done.
         self.waiting_since = math.inf
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
-        # How many bytes of it are known to be the valid beginning of a head.
+        # Whether an empty line before that head was skipped.
+        self.has_skipped_line = False
+        # How many bytes of `received` are known to be the valid beginning of a head.
         self.judged_bytes = 0
         # Whether the lookup for the next request has to wait for the disk.
         self.needs_disk = False
@@ -1096,6 +1105,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     In the first three, the first connection has waited longest, so it is the next one to
     expire or to be evicted. Only the loop touches the selector and closes connections.
+    The only thing here that Handlers use is answer_next, on their own connection.
     """
 
     request_queue_size = ACCEPT_QUEUE
@@ -1168,30 +1178,29 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
 
-        Of servers that start at the same time, only one may get the port. But closed
-        connections of an earlier server, in state TIME_WAIT, must not keep it from that.
-        So the socket option SO_REUSEADDR is
-
-            off    at the first attempt: it fails if anything is left at the port;
-            on     at the second attempt: it fails if another server has the port;
-            off    until the server listens, or others could bind with the option, too;
-            on     from then on: connections inherit it. If those in state TIME_WAIT did
-                   not have it, the second attempt of the next server would fail.
+        Without SO_REUSEADDR, connections of an earlier server that are in TIME_WAIT would
+        prevent that for a minute. But with it, several servers could bind to the same
+        port at the same time, as long as none of them listens yet.
         """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
+            # Without the option, this fails if anything is left at the port.
             socketserver.TCPServer.server_bind(self)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
+            # With it, this fails if another server has bound without it, or listens.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             socketserver.TCPServer.server_bind(self)
+            # While this server does not listen, no other may do the same.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
         if os.name == "posix":
+            # Connections inherit the option. A later server can ignore those in TIME_WAIT
+            # only if they have it, too.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1317,8 +1326,8 @@ class Server(http.server.ThreadingHTTPServer):
     def accept(self) -> bool:
         """Accept a connection, and return whether another one may be waiting.
 
-        If there is no room for it, it replaces the one that has waited longest. (If that
-        belongs to a thread, there is one too many until the thread ends.)
+        If there is no room for it, it replaces the one that has waited longest. (If a
+        thread owns that one, the limit is exceeded by one until the thread ends.)
         """
         is_full = self.connection_count() >= self.max_connections
         if is_full and not self.longest_waiting():  # all are busy
@@ -1346,12 +1355,12 @@ class Server(http.server.ThreadingHTTPServer):
         connection = Connection(client_socket, name, self.idle)
         if self.register(connection):
             # Often, the request is already there. It is taken now, before more newcomers
-            # are accepted, which might evict this one: begin_stop may accept a thousand.
+            # are accepted, which might evict this one.
             self.try_to(self.receive, connection)
         return True
 
     def register(self, connection: Connection) -> bool:
-        """Register a connection with the selector, and wait for a request from now on.
+        """Register a connection with the selector, and wait for requests from now on.
 
         If that is impossible, closes the connection and returns False.
         """
@@ -1361,7 +1370,7 @@ class Server(http.server.ThreadingHTTPServer):
         except (OSError, ValueError, MemoryError):
             self.close(connection)
             return False
-        self.wait_for_request(connection)
+        self.wait_for(self.idle, connection)
         return True
 
     def pause_accepting(self) -> None:
@@ -1398,7 +1407,7 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         longest.waiting_since = math.inf  # so that it is not evicted again
         try:
-            longest.socket.shutdown(socket.SHUT_RDWR)  # its thread gets an error
+            longest.socket.shutdown(socket.SHUT_RDWR)  # now its thread gets an error
         except OSError:
             pass  # it is closed already
         return False
@@ -1411,13 +1420,6 @@ class Server(http.server.ThreadingHTTPServer):
             connection.queue = queue
             queue[connection] = None
         queue.move_to_end(connection)
-
-    def wait_for_request(self, connection: Connection) -> None:
-        """Wait for the next request of a connection, or for the rest of one."""
-        if connection.received.strip(b"\r\n"):  # more than an empty line
-            self.wait_for(self.beginnings, connection)
-        else:
-            self.wait_for(self.idle, connection)
 
     def linger(self, connection: Connection) -> None:
         """Shut a connection down, and wait until the client closes it.
@@ -1474,6 +1476,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Answer requests that have been received, and decide what to do next."""
         size = 0
         try:
+            # If this ends because of TURN_BYTES, `send` returns False. So a thread sends
+            # these answers, and when it gives the connection back, this goes on.
             while connection.received and size < TURN_BYTES and not connection.must_close:
                 answer_size = self.answer_next(connection)
                 if not answer_size:  # the request is not complete
@@ -1483,17 +1487,18 @@ class Server(http.server.ThreadingHTTPServer):
             connection.needs_disk = True
             self.hand_over(connection)
             return
-        is_unanswered = not connection.unsent
+        has_answered = bool(connection.unsent)
         if not self.send(connection):
             self.hand_over(connection)
         elif connection.must_linger:
             self.linger(connection)
         elif connection.must_close:
             self.close(connection)
-        elif is_unanswered and connection.queue is self.beginnings:
-            pass  # it waits for the rest of the same request, so its deadline stays
-        else:
-            self.wait_for_request(connection)
+        elif not connection.received:
+            self.wait_for(self.idle, connection)
+        elif has_answered or connection.queue is not self.beginnings:
+            self.wait_for(self.beginnings, connection)
+        # Otherwise it still waits for the rest of the same request: the deadline stays.
 
     def answer_next(self, connection: Connection, wait: bool = False) -> int:
         """Answer the next request if it is complete, or if it can already be refused.
@@ -1502,13 +1507,16 @@ class Server(http.server.ThreadingHTTPServer):
         lookup would have to wait for the disk, unless `wait` is true; then the request
         remains in `received`. Handlers call this, too.
         """
+        # Skip one empty line before a head (RFC 9112 section 2.2).
+        if connection.received.startswith(b"\r\n") and not connection.has_skipped_line:
+            connection.received = connection.received[2:]
+            connection.has_skipped_line = True
         head, head_end, rest = connection.received.partition(b"\r\n\r\n")
         if not head_end:
             return self.refuse_beginning(connection)
-        if head.startswith(b"\r\n"):  # one empty line may precede (section 2.2)
-            head = head[2:]
         status, body, must_close = self.answer(head, connection.address, wait)
         connection.received = rest
+        connection.has_skipped_line = False
         connection.judged_bytes = 0
         if self.is_stopping and not has_sent_more(connection):  # it is the last request
             must_close = True
@@ -1573,13 +1581,12 @@ class Server(http.server.ThreadingHTTPServer):
         connection.judged_bytes = len(connection.received)
         if judged_bytes > 0:
             # To judge it again after each byte would take quadratic time, so this is done
-            # only if it has a new line end, or has grown past a limit. (The limits are 2
-            # higher if an empty line precedes the head.)
-            recent = connection.received[judged_bytes - 1:]  # a CR before may now be bare
+            # only if it has a new line end, or has grown past a limit.
+            recent = connection.received[judged_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
             has_passed_limit = any(
                 judged_bytes <= limit < len(connection.received)
-                for limit in (LINE_BYTES, LINE_BYTES + 2, HEAD_BYTES, HEAD_BYTES + 2))
+                for limit in (LINE_BYTES, HEAD_BYTES))
             if not has_line_end and not has_passed_limit:
                 return 0
         verdict = judge_beginning(connection.received)
@@ -1590,8 +1597,7 @@ class Server(http.server.ThreadingHTTPServer):
     def refuse(self, connection: Connection, verdict: Verdict) -> int:
         """Answer the beginning of a head with a refusal; return the answer's size."""
         status, text, connection.must_close = verdict
-        head = connection.received.lstrip(b"\r\n")  # an empty line may precede it
-        return self.add_answer(connection, head, status, text)
+        return self.add_answer(connection, connection.received, status, text)
 
     def add_answer(
             self, connection: Connection, head: bytes, status: int, body: Body) -> int:
@@ -1612,23 +1618,24 @@ class Server(http.server.ThreadingHTTPServer):
                 answer %= size
         if connection.must_close:
             # The client may still be sending, so linger. As that takes time, it is not
-            # done in the most common case: a short answer to a client that has asked for
-            # the end of its connection, and has sent nothing after that.
-            is_common = (
+            # done in the most common case: a short answer to a client that has asked to
+            # close the connection, and has sent nothing after that. (At a stop, it has
+            # not asked.)
+            can_close_at_once = (
                 status in (200, 404) and size <= PIECE_BYTES
                 and not connection.received and not self.is_stopping)
-            connection.must_linger = not is_common
+            connection.must_linger = not can_close_at_once
         if head.startswith(b"HEAD "):
             body = b""
             size = 0
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, size)
-        if isinstance(body, list):
-            connection.unsent += [answer, *body]
-        elif size > JOINED_BYTES:  # any StoredValue is
-            connection.unsent += [answer, body]
-        else:
+        if size <= JOINED_BYTES:  # then it is bytes
             connection.unsent.append(answer + body)
+        elif isinstance(body, list):
+            connection.unsent += [answer, *body]
+        else:
+            connection.unsent += [answer, body]
         return len(answer) + size
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
@@ -1643,7 +1650,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Send what is unsent, and return whether all of it could be sent at once.
 
         If not, a thread has to send the rest. TURN_BYTES or more are left to a thread
-        from the beginning. (Requests behind them are answered when it is done.)
+        from the beginning. (No part is a StoredValue: only threads get these, and they
+        do not call this.)
         """
         unsent = connection.unsent
         if not unsent:
@@ -1740,7 +1748,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop listening; close each connection when its requests have been answered."""
         self.is_stopping = True
         self.stop_deadline = self.now + DRAIN_SECONDS
-        # Those in the queue are answered, too. On Linux it holds one more than requested.
+        # Clients in the queue are served, too. Linux queues one more than requested.
         for _ in range(ACCEPT_QUEUE + 1):
             if not self.is_accepting or not self.accept():
                 break
@@ -1752,16 +1760,19 @@ class Server(http.server.ThreadingHTTPServer):
 class Signals:
     """The signals received so far: their handlers only set a flag.
 
-    A SIGHUP may come because the terminal was closed. Then the server stops, like any
-    program that was started without nohup. Any other SIGHUP asks for a reload, even if
-    there is no terminal any more: a shell may leave a server running when it ends.
+    A SIGHUP means one of two things:
+
+        stop      if the terminal was closed a moment ago, and the server was started on
+                  it without nohup: that ends any program
+        reload    otherwise: there still is a terminal, or there never was one, or it was
+                  closed long ago, but the shell has left the server running
     """
 
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
         self.stops_with_terminal = False   # whether it was started on one, without nohup
-        self.terminal_lost = math.inf    # time.monotonic() when the terminal was gone
+        self.terminal_lost = math.inf    # time.monotonic() when it was found to be closed
 
     def catch_hangups(self) -> None:
         """Catch SIGHUP from now on."""
@@ -1771,16 +1782,17 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal is gone."""
+        """Notice when the terminal is closed."""
         if self.stops_with_terminal and self.terminal_lost == math.inf:
             if not has_terminal():
                 self.terminal_lost = now
 
     def on_hangup(self, *_) -> None:
-        """Stop if the terminal has been closed a moment ago; else ask for a reload."""
+        """Handle SIGHUP."""
         is_late = time.monotonic() > self.terminal_lost + HANGUP_SECONDS
         if self.stops_with_terminal and not is_late and not has_terminal():
-            os.kill(os.getpid(), signal.SIGTERM)  # it also ends a load
+            # Nobody looks at wants_stop during a load, but SIGTERM ends it.
+            os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
 
@@ -1806,7 +1818,7 @@ def has_terminal() -> bool:
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError as error:
-        return error.errno in OUT_OF_RESOURCES  # then it is unknown
+        return error.errno in OUT_OF_RESOURCES  # then assume that there is one
     return True
 
 
@@ -2312,7 +2324,7 @@ def run_get(options: argparse.Namespace) -> int:
     """Print the values of keys, one per line. Returns the exit code."""
     code = 0
     try:
-        check_url(options.url)  # first, as there may be no key yet
+        check_url(options.url)  # first, because keys may come much later
         check_timeout(options.timeout)
         with open(1, "wb", closefd=False) as output:
             for keys in keys_to_ask(options.keys):

@@ -339,7 +339,8 @@ class Lines(Test):
         b"carriage\rreturn", b"ends with one\r", b"\0", b"n\0u\0l", b"\x0b", b"\x0c",
         b"\x1c", b"\x85", b"\xc2\x85", b"\xe2\x80\xa8", b"\xff\xfe no UTF-8 \x80", K,
         b"%s %d %%", "\u00e4\u20ac\U0001f600".encode(), b"\xef\xbb\xbf",
-        bytes(set(range(256)) - {10}), b"x" * 70000, b"HTTP/1.1 200 OK\r")
+        bytes(set(range(256)) - {10}), b"x" * 2000, b"x" * 20000, b"x" * 70000,
+        b"HTTP/1.1 200 OK\r")
 
     NO_KEY = "no version 4 UUID at the start of the line"
     NO_SPACE = "no space after the key"
@@ -1373,6 +1374,12 @@ class Loop(WithExample):
         for _ in range(5):
             self.assertEqual(client.answer()[2], VALUE)
 
+    def test_a_thread_wakes_the_loop(self):
+        client = self.serve(LARGE, limits={"TICK_SECONDS": PATIENCE}).connect()
+        for _ in range(3):
+            self.assertEqual(len(client.ask(KEY)[2]), SIZE)
+            self.assertEqual(soon(client), OTHER_VALUE)
+
     def test_others_are_answered_meanwhile(self):
         """While a head trickles in, an answer is not taken, 100 connections linger."""
         server = self.serve(LARGE)
@@ -1394,7 +1401,8 @@ class Loop(WithExample):
 
     def test_last_answers_arrive_although_the_client_still_sends(self):
         medium = key(1) + b" " + b"x" * 40000 + b"\n"  # sent by the loop itself
-        server = self.serve(medium + LARGE, limits={"HEAD_SECONDS": 0.7})
+        server = self.serve(medium + key(2) + b" two\n" + LARGE,
+                            limits={"HEAD_SECONDS": 0.7})
         for status, request, behind in (
                 (408, b"GET / HTTP/1.1\r\n", b"X: x\r\n" * 2000),
                 (405, head("POST", "/", "Content-Length: 50000000"), b"x" * 200000),
@@ -1411,6 +1419,8 @@ class Loop(WithExample):
                 client.send(request)
                 client.await_more()  # the answer is on its way
                 client.send(behind)
+                self.assertEqual(soon(server.connect(), key(2)), b"two")
+                client.send(b"x")  # what was sent before would have caused a reset by now
                 answered, fields, _ = client.answer()
                 self.assertEqual((answered, fields["connection"]), (status, "close"))
                 self.assertEqual(client.rest(), b"")  # the end, and no reset
@@ -1737,6 +1747,16 @@ class Limits(Test):
             self.assertFalse(server.accept())
         self.assertFalse(server.is_accepting)
 
+    def test_memory_that_runs_out_costs_a_connection(self):
+        server = server_here(self)
+        connection, client = connection_here(self)
+        server.wait_for(server.idle, connection)
+        server.log = unittest.mock.Mock()
+        server.recover(ValueError())
+        self.assertEqual(list(server.idle), [connection])
+        server.recover(MemoryError())
+        self.assertEqual(client.recv(1), b"")
+
     def test_the_loop_goes_on_if_memory_runs_out_twice(self):
         """In a round, and in what is done about that."""
         def run_round():
@@ -2025,6 +2045,37 @@ class ReloadAndStop(Test):
             self.assertLess(time.monotonic() - start, 5)
 
         self.side_by_side(stops, [(True,), (False,)])
+
+    def test_a_stop_does_not_wait_long_for_clients_to_close(self):
+        server = self.serve(limits={"LINGER_SECONDS": 60, "DRAIN_SECONDS": 60})
+        client = server.connect()
+        client.send(b"bad\r\n")
+        self.assertEqual(client.answer()[0], 400)
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_stop_does_not_close_where_a_request_has_come(self):
+        server = server_here(self)
+        connection, client = connection_here(self)
+        server.wait_for(server.idle, connection)
+        server.is_stopping = True
+        server.now += 1
+        client.send(GET_KEY)
+        server.service_actions()
+        self.assertEqual(list(server.idle), [connection])
+        connection.socket.recv(999)
+        server.service_actions()
+        self.assertEqual(client.recv(1), b"")
+
+    def test_a_stop_lingers_where_the_client_has_not_asked_to_close(self):
+        server = server_here(self)
+        server.data.pairs = {KEY: VALUE}
+        server.is_stopping = True
+        for request, queue in ((GET_KEY, [True]), (b"", [])):
+            connection, client = connection_here(self)
+            connection.received = request
+            server.go_on(connection)
+            self.assertEqual([c is connection for c in server.lingering], queue)
+            server.close(connection)
 
     def test_a_second_interrupt_ends_it_at_once(self):
         """Whether the stop has begun or has only been noted, or SIGTERM came before."""
