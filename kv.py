@@ -784,8 +784,8 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     200, the path may be malformed: nearly all paths are keys in the data, so the caller
     looks them up first, and only if that finds nothing, has them judged by `judge_path`.
     """
-    # If the second space is not in the request line, the target has a line end in it. Such
-    # a path is not in the data, so `judge_path` refuses it.
+    # If the second space is not in the request line, the target has a line end in it.
+    # Such a path is not in the data, so `judge_path` refuses it.
     words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
@@ -1240,8 +1240,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.now = time.monotonic()
         has_newcomer = False
         for key, _ in events:
-            if key.data:
-                self.try_to(self.receive, key.data)
+            connection = key.data
+            if connection:
+                self.receive(connection)
             elif key.fileobj is self.socket:
                 has_newcomer = True
             else:
@@ -1298,7 +1299,7 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in self.overdue(self.beginnings, HEAD_SECONDS):
             verdict = refusal(408, f"no complete request within {HEAD_SECONDS} s")
             self.refuse(connection, verdict)
-            self.try_to(self.go_on, connection)
+            self.go_on(connection)
 
     def overdue(
             self, queue: collections.OrderedDict, seconds: float) -> List[Connection]:
@@ -1356,7 +1357,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.register(connection):
             # Often, the request is already there. It is taken now, before more newcomers
             # are accepted, which might evict this one.
-            self.try_to(self.receive, connection)
+            self.receive(connection)
         return True
 
     def register(self, connection: Connection) -> bool:
@@ -1449,15 +1450,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     # Requests
 
-    def try_to(self, step: Callable[[Connection], None], connection: Connection) -> None:
-        """Call `step` for a connection; if that fails, log it and close the connection.
-        """
-        try:
-            step(connection)
-        except Exception:
-            self.close(connection)
-            self.handle_error(connection, connection.address)
-
     def receive(self, connection: Connection) -> None:
         """Take what a client has sent, and go on with its connection."""
         try:
@@ -1468,37 +1460,41 @@ class Server(http.server.ThreadingHTTPServer):
             data = b""
         if not data:
             self.close(connection)
-        elif connection.queue is not self.lingering:  # there, `data` is discarded
+        elif not connection.must_close:  # otherwise, it lingers, and `data` is discarded
             connection.received += data
             self.go_on(connection)
 
     def go_on(self, connection: Connection) -> None:
-        """Answer requests that have been received, and decide what to do next."""
-        size = 0
+        """Answer requests that have been received, and decide what to do next.
+
+        If that fails, logs it and closes the connection.
+        """
+        size = 0  # of the answers
         try:
             # If this ends because of TURN_BYTES, `send` returns False. So a thread sends
             # these answers, and when it gives the connection back, this goes on.
             while connection.received and size < TURN_BYTES and not connection.must_close:
                 answer_size = self.answer_next(connection)
-                if not answer_size:  # the request is not complete
+                if answer_size == 0:  # the request is not complete
                     break
                 size += answer_size
+            if connection.unsent and not self.send(connection):
+                self.hand_over(connection)
+            elif connection.must_linger:
+                self.linger(connection)
+            elif connection.must_close:
+                self.close(connection)
+            elif not connection.received:
+                self.wait_for(self.idle, connection)
+            elif size > 0 or connection.queue is not self.beginnings:
+                self.wait_for(self.beginnings, connection)
+            # Otherwise it waits for more of the same request, so its deadline stays.
         except BlockingIOError:
             connection.needs_disk = True
             self.hand_over(connection)
-            return
-        has_answered = bool(connection.unsent)
-        if not self.send(connection):
-            self.hand_over(connection)
-        elif connection.must_linger:
-            self.linger(connection)
-        elif connection.must_close:
+        except Exception:
             self.close(connection)
-        elif not connection.received:
-            self.wait_for(self.idle, connection)
-        elif has_answered or connection.queue is not self.beginnings:
-            self.wait_for(self.beginnings, connection)
-        # Otherwise it still waits for the rest of the same request: the deadline stays.
+            self.handle_error(connection, connection.address)
 
     def answer_next(self, connection: Connection, wait: bool = False) -> int:
         """Answer the next request if it is complete, or if it can already be refused.
@@ -1616,15 +1612,14 @@ class Server(http.server.ThreadingHTTPServer):
             answer = answer_head(status, connection.must_close, self.date)
             if status != 204:
                 answer %= size
-        if connection.must_close:
-            # The client may still be sending, so linger. As that takes time, it is not
-            # done in the most common case: a short answer to a client that has asked to
-            # close the connection, and has sent nothing after that. (At a stop, it has
-            # not asked.)
+            # If the connection is closed after it, the client may still be sending, so
+            # linger. As that takes time, it is not done in the most common case: a short
+            # answer to a client that has asked to close the connection, and has sent
+            # nothing after that. (At a stop, it has not asked.)
             can_close_at_once = (
                 status in (200, 404) and size <= PIECE_BYTES
                 and not connection.received and not self.is_stopping)
-            connection.must_linger = not can_close_at_once
+            connection.must_linger = connection.must_close and not can_close_at_once
         if head.startswith(b"HEAD "):
             body = b""
             size = 0
@@ -1654,8 +1649,6 @@ class Server(http.server.ThreadingHTTPServer):
         do not call this.)
         """
         unsent = connection.unsent
-        if not unsent:
-            return True
         try:
             if len(unsent) == 1:  # a short answer, joined to its body
                 sent = connection.socket.send(unsent[0])
@@ -1731,7 +1724,7 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.unsent:  # the thread has failed to send it
             self.close(connection)
         elif self.register(connection):
-            self.try_to(self.go_on, connection)
+            self.go_on(connection)
 
     # Signals
 
