@@ -70,10 +70,14 @@ __version__ = "2.0"
 
 # The data file
 STEP_BYTES = 1 << 14          # bytes of the file to parse in one step of a reload
-STEP_PAIRS = 500              # pairs of the old dict to free in one step
+STEP_PAIRS = 64               # pairs of the old dict to free in one step
 BAD_LINES_SHOWN = 10          # bad lines to name; the others are only counted
 BAD_LINE_BYTES = 50           # bytes of a bad line to show
 PROGRESS_SECONDS = 1.0        # a load that takes longer shows its progress
+
+# The log. A write of up to this many bytes to a pipe is atomic, and does not block if
+# select says that the pipe is writable.
+LOG_LINE_BYTES = getattr(select, "PIPE_BUF", 512)
 
 # Sorted files
 PAGE_BYTES = 4096             # bytes to read at a time in a lookup
@@ -114,6 +118,7 @@ HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
 HANGUP_SECONDS = 1.0          # how long after a terminal is closed its SIGHUP may arrive
+WINDOWS_SOCKETS = 512         # sockets that select can handle on Windows
 
 # The loop
 TICK_SECONDS = 0.1            # between checks of deadlines and signals
@@ -134,11 +139,6 @@ QUOTED_CHARACTERS = 200       # characters of a server's answer to quote in mess
 
 # ---------------------------------------------------------------------------
 # Messages
-
-# A write of up to this many bytes to a pipe is atomic, and does not block if select says
-# that the pipe is writable.
-LOG_LINE_BYTES = getattr(select, "PIPE_BUF", 512)
-
 
 def escape(text: str) -> str:
     """Return `text` on one line, with nonprintable characters escaped."""
@@ -394,15 +394,15 @@ class Sorted:
 
         1 byte        before its offset: a newline, if a line begins at the offset
         PAGE_BYTES    from its offset on
-        KEY_BYTES     after these: if a line begins in the last of the PAGE_BYTES, this
-                      completes its key and the space after that
+        KEY_BYTES     after these: if a line begins with the last of the PAGE_BYTES, these
+                      are the rest of its key, and the space
 
     So a page has the keys of all lines that begin in its PAGE_BYTES, and of no others.
     Here, a line means one with a pair, not an empty one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file                         # for the parser, which closes it
+        self.file = file                         # for `tell`, during a load
         self.descriptor = os.dup(file.fileno())  # for lookups
         # A reload must not close it, because a thread may still be reading. It is closed
         # when nothing refers to these pairs any more.
@@ -458,8 +458,8 @@ class Sorted:
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
         # If the key is in the file, its line begins at `low` or later, but before `high`.
-        # Each round raises `low` or lowers `high`. The numbers serve only to estimate the
-        # place of the key: low_number <= number < high_number.
+        # Each round raises `low` or lowers `high`. The numbers are those of keys nearby,
+        # and only serve for estimates: low_number <= number < high_number.
         probes = 0
         while low < high:
             probes += 1
@@ -495,7 +495,7 @@ class Sorted:
         """Return the first page, at `offset` or later, in which a line begins.
 
         Returns its offset, the page, and the first key in it. Returns None if no line
-        begins from `offset` to `high`.
+        begins from `offset` to `high`. Raises the same exceptions as `get`.
         """
         search_end = offset + PIECE_BYTES
         while offset < high:
@@ -504,7 +504,7 @@ class Sorted:
             if first:
                 return offset, page, first[1]
             # The page is inside a long value, or it has only empty lines. Continue with
-            # the next line after it.
+            # the next line after it: even the last of its bytes may be the newline.
             newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
             offset = newline + 1
             if offset > search_end and not wait:
@@ -512,7 +512,10 @@ class Sorted:
         return None
 
     def read_page(self, offset: int, wait: bool) -> bytes:
-        """Return the page at `offset`, as described in the docstring of the class."""
+        """Return the page at `offset`, as described in the docstring of the class.
+
+        Raises the same exceptions as `get`.
+        """
         if offset == 0:  # act as if a newline preceded the file
             return b"\n" + self.read(0, PAGE_BYTES + KEY_BYTES, wait)
         return self.read(offset - 1, 1 + PAGE_BYTES + KEY_BYTES, wait)
@@ -520,7 +523,8 @@ class Sorted:
     def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
         """Return the value that begins at `index` of the page at `offset`.
 
-        A long value is returned to a thread as a StoredValue.
+        A long value is returned to a thread as a StoredValue. Raises the same exceptions
+        as `get`.
         """
         start = offset - 1 + index
         newline = page.find(b"\n", index)
@@ -535,7 +539,10 @@ class Sorted:
         return self.read(start, size, wait)
 
     def find_newline(self, offset: int, wait: bool) -> int:
-        """Return the offset of the next newline from `offset` on, or the file's size."""
+        """Return the offset of the next newline from `offset` on, or the file's size.
+
+        Raises the same exceptions as `get`.
+        """
         while offset < self.size:
             piece = self.read(offset, PIECE_BYTES, wait)
             newline = piece.find(b"\n")
@@ -682,14 +689,14 @@ class Data:
         Errors are logged, and the old pairs stay.
         """
         old_pairs = self.pairs
-        failure = ""
+        failure = None
         try:
             path = self.options.file
             if path == "-" or not stat.S_ISREG(os.stat(path).st_mode):
                 raise ValueError(f"{self.name}: not a file that can be read again")
             yield from self.load()
         except Exception as error:
-            failure = load_failure(error, self.name)
+            failure = error
             unneeded = self.new_pairs
             self.new_pairs = {}
         else:
@@ -704,7 +711,7 @@ class Data:
                 unneeded.popitem()
             yield
         if failure:  # if memory had run out, there is enough again to log this
-            self.log(f"{failure}\nthe data stays as it was")
+            self.log(f"{load_failure(failure, self.name)}\nthe data stays as it was")
 
     def progress(self) -> str:
         """Return the progress of a load as a text."""
@@ -784,8 +791,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     200, the path may be malformed: nearly all paths are keys in the data, so the caller
     looks them up first, and only if that finds nothing, has them judged by `judge_path`.
     """
-    # If the second space is not in the request line, the target has a line end in it.
-    # Such a path is not in the data, so `judge_path` refuses it.
+    # If the second space is not in the request line, the target has a line end in it, as
+    # in b"GET /x\r\nY: HTTP/1.1\r\nHost: kv". Such a path is not in the data, so
+    # `judge_path` refuses it.
     words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
@@ -808,13 +816,13 @@ def judge_length(head: bytes) -> Optional[Verdict]:
     """Return a refusal if a head, or the beginning of one, is too long; else None."""
     line = head.partition(b"\r\n")[0].rstrip(b"\r")  # the LF may not be there yet
     if len(line) > LINE_BYTES:
-        # The refusal must not depend on how fast the head arrives: had it come byte by
-        # byte, a malformed line would have been refused before it was too long.
+        # What comes after LINE_BYTES is not judged, so that the status does not depend on
+        # how much of it has arrived.
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
         method = line.partition(b" ")[0]
         if len(method) > METHOD_BYTES:  # then it is the method that is too long
-            return refusal(501, "unknown method (RFC 9112 section 3)")
+            return refusal(501, "unknown method (RFC 9110 section 9.1)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
         return refusal(431, f"request head longer than {HEAD_BYTES} bytes")
@@ -852,8 +860,8 @@ def judge_line(line: bytes) -> Tuple[bytes, Optional[Verdict]]:
 def judge_fields(method: bytes, version_and_fields: bytes) -> Verdict:
     """Judge all of a head except its target.
 
-    An invalid method or version never leads to a verdict of 200. `judge` then gets the
-    reason from `judge_line`.
+    An invalid method or version never leads to a verdict of 200. `judge` then has the
+    line judged by `judge_line`, whose refusal takes precedence.
     """
     version, *fields = version_and_fields.split(b"\r\n")
     if not VERSION_1_RE.fullmatch(version):
@@ -903,7 +911,7 @@ def judge_fields(method: bytes, version_and_fields: bytes) -> Verdict:
     if method in OTHER_METHODS:
         return 405, b"method not allowed: use GET or HEAD\n", must_close
     if method not in (b"GET", b"HEAD"):
-        return 501, b"unknown method\n", must_close
+        return 501, b"unknown method (RFC 9110 section 9.1)\n", must_close
     return 200, b"", must_close
 
 
@@ -934,11 +942,12 @@ def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
     return keys, None
 
 
-def judge_beginning(beginning: bytes) -> Optional[Verdict]:
+def judge_beginning(beginning: bytes, judged_bytes: int = 0) -> Optional[Verdict]:
     """Return a refusal if the beginning of a head is already invalid, or None.
 
     Judges the length, the request line and line ends, so that bad requests are refused
-    before they are complete. Fields are judged when the head is complete.
+    before they are complete. Fields are judged when the head is complete. The line ends
+    in the first `judged_bytes` are known to be valid.
     """
     too_long = judge_length(beginning)
     if too_long:
@@ -950,7 +959,7 @@ def judge_beginning(beginning: bytes) -> Optional[Verdict]:
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    if BARE_LINE_END_RE.search(beginning):
+    if BARE_LINE_END_RE.search(beginning, max(0, judged_bytes - 1)):
         return BARE_LINE_END
     return None
 
@@ -986,7 +995,10 @@ def answer_head(status: int, close: bool, date: str) -> bytes:
 
 
 def pair_lines(keys: List[bytes], get: Callable) -> Body:
-    """Return lines with the keys that `get` finds, and their values."""
+    """Return lines with the keys that `get` finds, and their values.
+
+    Raises what `get` raises.
+    """
     parts = []
     for key in dict.fromkeys(keys):  # each key only once
         value = get(key)
@@ -1104,12 +1116,13 @@ class Server(http.server.ThreadingHTTPServer):
                        is done
 
     In the first three, the first connection has waited longest, so it is the next one to
-    expire or to be evicted. Only the loop touches the selector and closes connections.
-    The only thing here that Handlers use is answer_next, on their own connection.
+    expire or to be evicted. Only the loop touches the selector and the queues, and closes
+    connections. Threads call answer_next, handle_error and shutdown_request, each for its
+    own connection.
     """
 
     request_queue_size = ACCEPT_QUEUE
-    allow_reuse_address = False          # server_bind sets SO_REUSEADDR itself
+    allow_reuse_address = False          # server_bind decides whether to set SO_REUSEADDR
     allow_reuse_port = False             # __init__ sets SO_REUSEPORT itself
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
@@ -1136,7 +1149,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.date = ""                       # as in a Date field
         self.found_head = b""                # what answer_head returns for most requests
         self.answer_count = 0
-        self.was_busy = False                # whether the last round had requests
+        self.was_busy = False                # whether the last round had events
         # On a single processor, polling would take time from the clients.
         self.can_poll = processor_count() > 1
         self.reload: Optional[Iterator[None]] = None   # the one in progress, if any
@@ -1149,8 +1162,7 @@ class Server(http.server.ThreadingHTTPServer):
             address = listener.getsockname()
         else:
             found = socket.getaddrinfo(
-                options.host.strip("[]"), options.port, type=socket.SOCK_STREAM,
-                flags=socket.AI_PASSIVE)
+                options.host.strip("[]"), options.port, type=socket.SOCK_STREAM)
             self.address_family, _, _, _, address = found[0]
         super().__init__(address, Handler, bind_and_activate=False)
         if listener:
@@ -1158,9 +1170,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket = listener
         if isinstance(address, tuple):  # the address of a Unix socket is a path
             self.set_tcp_options()
-        if options.reuse_port:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if not listener:
+            if options.reuse_port:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             self.server_bind()
 
     def set_tcp_options(self) -> None:
@@ -1176,31 +1188,27 @@ class Server(http.server.ThreadingHTTPServer):
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def server_bind(self) -> None:
-        """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
-
-        Without SO_REUSEADDR, connections of an earlier server that are in TIME_WAIT would
-        prevent that for a minute. But with it, several servers could bind to the same
-        port at the same time, as long as none of them listens yet.
-        """
+        """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
-            # Without the option, this fails if anything is left at the port.
+            # This fails if another server has the port, even one that is still loading.
             socketserver.TCPServer.server_bind(self)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or os.name != "posix":
                 raise
-            # With it, this fails if another server has bound without it, or listens.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Perhaps only connections of an earlier server are left at the port, in state
+            # TIME_WAIT. They do not matter to a socket with SO_REUSEADDR.
+            self.allow_reuse_address = True
             socketserver.TCPServer.server_bind(self)
-            # While this server does not listen, no other may do the same.
+            # But with the option, another server could bind, too, until this one listens.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
         if os.name == "posix":
-            # Connections inherit the option. A later server can ignore those in TIME_WAIT
-            # only if they have it, too.
+            # Connections inherit SO_REUSEADDR. If they did not have it, too, it would not
+            # help the next server.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1223,7 +1231,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Log an exception that was not handled; if memory has run out, free some."""
         try:
             if isinstance(error, MemoryError):
-                self.evict_longest_waiting()
+                self.evict(self.longest_waiting())
+            else:
+                time.sleep(TICK_SECONDS)  # lest a fault that persists keeps it busy
             self.log(f"fault in the loop: {error!r}")
         except MemoryError:
             pass  # one connection fewer may suffice for the next round
@@ -1265,15 +1275,13 @@ class Server(http.server.ThreadingHTTPServer):
     def wait(self) -> list:
         """Return events of the selector; wait up to TICK_SECONDS if there are none."""
         events = self.selector.select(0)
-        if events:
+        if events or self.reload:  # there is something to do
             return events
-        if self.reload:  # there is something else to do
-            return []
         if self.was_busy and self.can_poll:
             # Many clients send their next request immediately, and waking a process that
             # sleeps takes longer than answering a request.
-            sleep_time = time.perf_counter() + PATIENCE_SECONDS
-            while not events and time.perf_counter() < sleep_time:
+            polling_end = time.perf_counter() + PATIENCE_SECONDS
+            while not events and time.perf_counter() < polling_end:
                 events = self.selector.select(0)
         return events or self.selector.select(TICK_SECONDS)
 
@@ -1282,10 +1290,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.next_tick = self.now + TICK_SECONDS
         self.date = email.utils.formatdate(usegmt=True)
         self.found_head = answer_head(200, False, self.date)
+        self.act_on_signals()
         if not self.is_accepting and not self.is_stopping:
             self.selector.register(self.socket, selectors.EVENT_READ)
             self.is_accepting = True
-        self.act_on_signals()
         idle_seconds = IDLE_SECONDS
         linger_seconds = LINGER_SECONDS
         if self.is_stopping:
@@ -1330,10 +1338,12 @@ class Server(http.server.ThreadingHTTPServer):
         If there is no room for it, it replaces the one that has waited longest. (If a
         thread owns that one, the limit is exceeded by one until the thread ends.)
         """
-        is_full = self.connection_count() >= self.max_connections
-        if is_full and not self.longest_waiting():  # all are busy
-            self.pause_accepting()
-            return False
+        longest_waiting = None
+        if self.connection_count() >= self.max_connections:
+            longest_waiting = self.longest_waiting()
+            if not longest_waiting:  # all are busy
+                self.pause_accepting()
+                return False
         try:
             client_socket, address = self.get_request()
         except BlockingIOError:  # none is waiting: another process may have accepted it
@@ -1341,15 +1351,14 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno == errno.ECONNABORTED:  # this client has disconnected
                 return True
-            if error.errno in OUT_OF_RESOURCES and self.evict_longest_waiting():
+            if error.errno in OUT_OF_RESOURCES and self.evict(self.longest_waiting()):
                 return True  # the next try may succeed
             self.pause_accepting()
             return False
         except MemoryError:
             self.pause_accepting()
             return False
-        if is_full:  # not earlier, as there may be no newcomer
-            self.evict_longest_waiting()
+        self.evict(longest_waiting)  # not earlier, as there may be no newcomer
         name = "unix:"  # a client of a Unix socket has no address
         if isinstance(address, tuple):
             name = address[0]
@@ -1368,16 +1377,18 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             connection.socket.setblocking(False)
             self.selector.register(connection.socket, selectors.EVENT_READ, connection)
-        except (OSError, ValueError, MemoryError):
+        except (OSError, ValueError, MemoryError) as error:
             self.close(connection)
+            self.log(f"cannot wait for {connection.address}: {error!r}")
             return False
         self.wait_for(self.idle, connection)
         return True
 
     def pause_accepting(self) -> None:
         """Leave new connections in the system's queue until the next tick."""
-        self.selector.unregister(self.socket)
-        self.is_accepting = False
+        if self.is_accepting:
+            self.selector.unregister(self.socket)
+            self.is_accepting = False
 
     def connection_count(self) -> int:
         """Return the number of connections."""
@@ -1394,23 +1405,21 @@ class Server(http.server.ThreadingHTTPServer):
             return None
         return longest
 
-    def evict_longest_waiting(self) -> bool:
-        """Close the connection that has waited longest for its client.
+    def evict(self, connection: Optional[Connection]) -> bool:
+        """Close a connection, if there is one, to make room for another.
 
-        Returns whether a descriptor has become free: not if no connection is waiting, or
-        if a thread has to return it first.
+        Returns whether its descriptor is free now: a thread has to return it first.
         """
-        longest = self.longest_waiting()
-        if not longest:
+        if not connection:
             return False
-        if longest.queue is not self.handed_over:
-            self.close(longest)
+        if connection.queue is not self.handed_over:
+            self.close(connection)
             return True
-        longest.waiting_since = math.inf  # so that it is not evicted again
+        connection.waiting_since = math.inf  # so that it is not evicted again
         try:
-            longest.socket.shutdown(socket.SHUT_RDWR)  # now its thread gets an error
+            connection.socket.shutdown(socket.SHUT_RDWR)  # now its thread gets an error
         except OSError:
-            pass  # it is closed already
+            pass  # the client has disconnected
         return False
 
     def wait_for(self, queue: collections.OrderedDict, connection: Connection) -> None:
@@ -1471,14 +1480,15 @@ class Server(http.server.ThreadingHTTPServer):
         """
         size = 0  # of the answers
         try:
-            # If this ends because of TURN_BYTES, `send` returns False. So a thread sends
-            # these answers, and when it gives the connection back, this goes on.
             while connection.received and size < TURN_BYTES and not connection.must_close:
                 answer_size = self.answer_next(connection)
-                if answer_size == 0:  # the request is not complete
+                if answer_size == 0:
                     break
                 size += answer_size
-            if connection.unsent and not self.send(connection):
+            if size >= TURN_BYTES or connection.needs_disk:
+                # When the thread gives it back, the requests behind these are answered.
+                self.hand_over(connection)
+            elif connection.unsent and not self.send(connection):
                 self.hand_over(connection)
             elif connection.must_linger:
                 self.linger(connection)
@@ -1489,9 +1499,6 @@ class Server(http.server.ThreadingHTTPServer):
             elif size > 0 or connection.queue is not self.beginnings:
                 self.wait_for(self.beginnings, connection)
             # Otherwise it waits for more of the same request, so its deadline stays.
-        except BlockingIOError:
-            connection.needs_disk = True
-            self.hand_over(connection)
         except Exception:
             self.close(connection)
             self.handle_error(connection, connection.address)
@@ -1499,18 +1506,23 @@ class Server(http.server.ThreadingHTTPServer):
     def answer_next(self, connection: Connection, wait: bool = False) -> int:
         """Answer the next request if it is complete, or if it can already be refused.
 
-        Returns the size of the answer, or 0 if there is none. Raises BlockingIOError if a
-        lookup would have to wait for the disk, unless `wait` is true; then the request
-        remains in `received`. Handlers call this, too.
+        Returns the size of the answer, or 0 if there is none. If a lookup has to wait for
+        the disk, and `wait` is false, the request remains in `received`, and `needs_disk`
+        is set. Handlers call this, too.
         """
         # Skip one empty line before a head (RFC 9112 section 2.2).
         if connection.received.startswith(b"\r\n") and not connection.has_skipped_line:
             connection.received = connection.received[2:]
             connection.has_skipped_line = True
+            connection.judged_bytes = 0
         head, head_end, rest = connection.received.partition(b"\r\n\r\n")
         if not head_end:
             return self.refuse_beginning(connection)
-        status, body, must_close = self.answer(head, connection.address, wait)
+        try:
+            status, body, must_close = self.answer(head, connection.address, wait)
+        except BlockingIOError:
+            connection.needs_disk = True
+            return 0
         connection.received = rest
         connection.has_skipped_line = False
         connection.judged_bytes = 0
@@ -1522,7 +1534,8 @@ class Server(http.server.ThreadingHTTPServer):
     def answer(self, head: bytes, address: str, wait: bool) -> Tuple[int, Body, bool]:
         """Return status and body of an answer, and whether to close its connection.
 
-        If there is a fault, logs it and returns an answer that says so.
+        If there is a fault, logs it and returns an answer that says so. Raises
+        BlockingIOError if a lookup has to wait for the disk, unless `wait` is true.
         """
         must_close = True  # if `judge` fails, it is not known where the request ends
         try:
@@ -1585,7 +1598,7 @@ class Server(http.server.ThreadingHTTPServer):
                 for limit in (LINE_BYTES, HEAD_BYTES))
             if not has_line_end and not has_passed_limit:
                 return 0
-        verdict = judge_beginning(connection.received)
+        verdict = judge_beginning(connection.received, judged_bytes)
         if not verdict:
             return 0
         return self.refuse(connection, verdict)
@@ -1612,10 +1625,10 @@ class Server(http.server.ThreadingHTTPServer):
             answer = answer_head(status, connection.must_close, self.date)
             if status != 204:
                 answer %= size
-            # If the connection is closed after it, the client may still be sending, so
-            # linger. As that takes time, it is not done in the most common case: a short
-            # answer to a client that has asked to close the connection, and has sent
-            # nothing after that. (At a stop, it has not asked.)
+            # The client may still be sending, which is why connections linger. As that
+            # takes time, it is not done in the most common case: a short answer to a
+            # client that has asked to close the connection, and has sent nothing more.
+            # (At a stop, the server closes it without being asked.)
             can_close_at_once = (
                 status in (200, 404) and size <= PIECE_BYTES
                 and not connection.received and not self.is_stopping)
@@ -1644,18 +1657,17 @@ class Server(http.server.ThreadingHTTPServer):
     def send(self, connection: Connection) -> bool:
         """Send what is unsent, and return whether all of it could be sent at once.
 
-        If not, a thread has to send the rest. TURN_BYTES or more are left to a thread
-        from the beginning. (No part is a StoredValue: only threads get these, and they
-        do not call this.)
+        If not, a thread has to send the rest. (No part is a StoredValue: only threads get
+        these, and they do not call this.)
         """
         unsent = connection.unsent
         try:
             if len(unsent) == 1:  # a short answer, joined to its body
                 sent = connection.socket.send(unsent[0])
-            elif not CAN_GATHER or sum(map(len, unsent)) >= TURN_BYTES:
-                return False
-            else:
+            elif CAN_GATHER:
                 sent = connection.socket.sendmsg(unsent[:JOINED_PARTS])
+            else:
+                return False
         except BlockingIOError:
             return False
         except OSError:  # the client has disconnected
@@ -1697,7 +1709,7 @@ class Server(http.server.ThreadingHTTPServer):
         request.must_close = True
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            return  # the client has disconnected, which is not a fault
+            return  # the client has disconnected or stalled, which is not a fault
         self.report_fault(error, client_address)
 
     def report_fault(self, error: Exception, client_address: str) -> None:
@@ -1743,10 +1755,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.stop_deadline = self.now + DRAIN_SECONDS
         # Clients in the queue are served, too. Linux queues one more than requested.
         for _ in range(ACCEPT_QUEUE + 1):
-            if not self.is_accepting or not self.accept():
+            if not self.accept():
                 break
-        if self.is_accepting:
-            self.pause_accepting()
+        self.pause_accepting()
         self.socket.close()
 
 
@@ -1755,8 +1766,8 @@ class Signals:
 
     A SIGHUP means one of two things:
 
-        stop      if the terminal was closed a moment ago, and the server was started on
-                  it without nohup: that ends any program
+        stop      if the terminal was closed a moment ago, and the server was started from
+                  it without nohup: this ends any program
         reload    otherwise: there still is a terminal, or there never was one, or it was
                   closed long ago, but the shell has left the server running
     """
@@ -1764,32 +1775,36 @@ class Signals:
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
-        self.stops_with_terminal = False   # whether it was started on one, without nohup
-        self.terminal_lost = math.inf    # time.monotonic() when it was found to be closed
+        self.stops_with_terminal = False   # whether a SIGHUP may mean that it was closed
+        self.terminal_seen = 0.0         # time.monotonic() when there last was a terminal
 
     def catch_hangups(self) -> None:
         """Catch SIGHUP from now on."""
         if hasattr(signal, "SIGHUP"):  # Windows lacks it
             is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             self.stops_with_terminal = has_terminal() and not is_nohup
+            self.terminal_seen = time.monotonic()
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal is closed."""
-        if self.stops_with_terminal and self.terminal_lost == math.inf:
-            if not has_terminal():
-                self.terminal_lost = now
+        """Notice when the terminal was closed so long ago that no SIGHUP means that."""
+        if not self.stops_with_terminal:
+            return
+        if has_terminal():
+            self.terminal_seen = now
+        elif now > self.terminal_seen + HANGUP_SECONDS:
+            self.stops_with_terminal = False
 
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
-        is_late = time.monotonic() > self.terminal_lost + HANGUP_SECONDS
-        if self.stops_with_terminal and not is_late and not has_terminal():
-            # Nobody looks at wants_stop during a load, but SIGTERM ends it.
+        if self.stops_with_terminal and not has_terminal():
+            # wants_stop is not looked at during a load, but SIGTERM ends it.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
 
     def on_stop(self, number: int, _) -> None:
+        """Handle SIGTERM and SIGINT."""
         self.wants_stop = True
         if number == signal.SIGINT:  # the next Ctrl-C ends the server at once
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1869,6 +1884,9 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
     data = Data(options, log)
     signals = Signals()
     listener = handed_down_socket()
+    place = host_and_port(options.host, options.port)
+    if listener:
+        place = "the socket from systemd"
     try:
         # Take the port before loading the data, so that a busy one is reported at once.
         server = Server(options, data, log, signals, listener)
@@ -1878,7 +1896,7 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
         signal.signal(signal.SIGINT, signals.on_stop)
         server.server_activate()
     except (OSError, UnicodeError) as error:
-        raise CannotServe(listen_failure(error, options))
+        raise CannotServe(f"cannot listen on {escape(place)}: {listen_failure(error)}")
     address = server.socket.getsockname()
     if isinstance(address, tuple):
         place = f"http://{host_and_port(*address[:2])}"
@@ -1931,8 +1949,8 @@ def allowed_files(needed: int, log: Log) -> int:
     """
     try:
         import resource
-    except ImportError:  # on Windows, where select takes no more than this
-        return min(needed, 512)
+    except ImportError:  # on Windows
+        return min(needed, WINDOWS_SOCKETS)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return needed
@@ -1967,15 +1985,14 @@ def load_with_progress(data: Data, log: Log) -> None:
             log.put(clear_line)
 
 
-def listen_failure(error: Exception, options: argparse.Namespace) -> str:
-    """Return why the server cannot listen where the options say."""
-    reason = getattr(error, "strerror", None) or str(error)
+def listen_failure(error: Exception) -> str:
+    """Return why the server cannot listen."""
     if isinstance(error, UnicodeError):
-        reason = "not a valid host name"
-    elif getattr(error, "errno", None) == errno.EADDRINUSE:
+        return "not a valid host name"
+    reason = error.strerror or str(error)
+    if error.errno == errno.EADDRINUSE:
         reason += " (--port takes another)"
-    place = escape(host_and_port(options.host, options.port))
-    return f"cannot listen on {place}: {reason}"
+    return reason
 
 
 def host_and_port(host: str, port: int) -> str:

@@ -1518,7 +1518,7 @@ class Limits(Test):
     """Slow, silent and too many clients, and too little of all."""
 
     IDLE = {"IDLE_SECONDS": 0.7, "HEAD_SECONDS": 9}
-    WHOLE = {"IDLE_SECONDS": 9, "HEAD_SECONDS": 1}
+    WHOLE = {"IDLE_SECONDS": 9, "HEAD_SECONDS": 1, "LINGER_SECONDS": 0.2}
     DEADLINES = (  # limits; what a client sends first, then on and on; the seconds until
                    # its end, and the status that it gets before that
         (IDLE, b"", b"", 0.7, None), (IDLE, b"\r\n", b"", 0.7, None),
@@ -1766,7 +1766,7 @@ class Limits(Test):
         server = server_here(self)
         with unittest.mock.patch.object(server, "run_round", side_effect=run_round) \
                 as rounds, unittest.mock.patch.object(
-                    server, "evict_longest_waiting", side_effect=MemoryError):
+                    server, "evict", side_effect=MemoryError):
             server.serve_forever()
         self.assertEqual(rounds.call_count, 2)
 
@@ -1780,7 +1780,7 @@ class Limits(Test):
             connection.waiting_since = number
             clients.append(client)
         for client in clients:
-            self.assertFalse(server.evict_longest_waiting())
+            self.assertFalse(server.evict(server.longest_waiting()))
             self.assertEqual(client.recv(1), b"")
 
     @NEEDS_STRACE
