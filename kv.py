@@ -299,7 +299,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
         pair = pair_re.fullmatch(line)
         if pair:
             key = pair[1].lower()
-            # For a Sorted, `in` is also true of a key that is out of order.
+            # For a Sorted, `in` is also true for a key that is out of order.
             if key not in pairs:
                 value = pair[2]
                 pairs[key] = value
@@ -397,8 +397,9 @@ class Sorted:
         KEY_BYTES     after these: if a line begins with the last of the PAGE_BYTES, these
                       are the rest of its key, and the space
 
-    So a page has the keys of all lines that begin in its PAGE_BYTES, and of no others.
-    Here, a line means one with a pair, not an empty one.
+    So a page has the keys of all lines that begin in its PAGE_BYTES. A line that begins
+    later would lack the space, so the regular expressions above do not find it. Here, a
+    line means one with a pair, not an empty one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -419,7 +420,7 @@ class Sorted:
         self.bytes_since_mark = 0
         # The flag that makes preadv read only what is in memory; 0 if there is none.
         self.nowait_flag = getattr(os, "RWF_NOWAIT", 0)
-        self.is_change_logged = False    # whether a change in place was logged
+        self.is_change_logged = False    # whether a change in place has been logged
 
     def __len__(self) -> int:
         return self.count
@@ -437,7 +438,7 @@ class Sorted:
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             # The parser has read up to the end of the line. (If the last line has no
-            # newline, the offset is too low by one, which does no harm.)
+            # newline, the offset is too low by one. No other line begins there.)
             offset = max(0, self.file.tell() - line_bytes)
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, offset)
@@ -497,14 +498,15 @@ class Sorted:
         Returns its offset, the page, and the first key in it. Returns None if no line
         begins from `offset` to `high`. Raises the same exceptions as `get`.
         """
-        search_end = offset + PIECE_BYTES
+        search_end = offset + PIECE_BYTES  # without `wait`
         while offset < high:
             page = self.read_page(offset, wait)
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
             # The page is inside a long value, or it has only empty lines. Continue with
-            # the next line after it: even the last of its bytes may be the newline.
+            # the next line. If that begins just after the PAGE_BYTES, the last of these
+            # is the newline.
             newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
             offset = newline + 1
             if offset > search_end and not wait:
@@ -791,9 +793,9 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     200, the path may be malformed: nearly all paths are keys in the data, so the caller
     looks them up first, and only if that finds nothing, has them judged by `judge_path`.
     """
-    # If the second space is not in the request line, the target has a line end in it, as
-    # in b"GET /x\r\nY: HTTP/1.1\r\nHost: kv". Such a path is not in the data, so
-    # `judge_path` refuses it.
+    # Everything but the target is the key of the cache. In a malformed head, such as
+    # b"GET /x\r\nY: HTTP/1.1\r\nHost: kv", the second space may be in a later line. Then
+    # the target has a line end in it, and `judge_line` or `judge_path` refuses it.
     words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
@@ -959,6 +961,8 @@ def judge_beginning(beginning: bytes, judged_bytes: int = 0) -> Optional[Verdict
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
+    # The last byte that was judged may be a CR. (The regular expression can look behind
+    # the place where the search begins.)
     if BARE_LINE_END_RE.search(beginning, max(0, judged_bytes - 1)):
         return BARE_LINE_END
     return None
@@ -1202,13 +1206,14 @@ class Server(http.server.ThreadingHTTPServer):
             self.allow_reuse_address = True
             socketserver.TCPServer.server_bind(self)
             # But with the option, another server could bind, too, until this one listens.
+            # So clear it while the data is loaded.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
     def server_activate(self) -> None:
         """Listen. Raises OSError."""
         if os.name == "posix":
-            # Connections inherit SO_REUSEADDR. If they did not have it, too, it would not
-            # help the next server.
+            # Set it for the connections, which inherit it: the next server can bind in
+            # spite of those in TIME_WAIT only if they have it, too.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         super().server_activate()
 
@@ -1233,10 +1238,10 @@ class Server(http.server.ThreadingHTTPServer):
             if isinstance(error, MemoryError):
                 self.evict(self.longest_waiting())
             else:
-                time.sleep(TICK_SECONDS)  # lest a fault that persists keeps it busy
+                time.sleep(TICK_SECONDS)  # a fault that persists must not keep it busy
             self.log(f"fault in the loop: {error!r}")
         except MemoryError:
-            pass  # one connection fewer may suffice for the next round
+            pass  # one connection fewer may be enough for the next round
 
     def is_stopped(self) -> bool:
         """Return whether, after a stop, no connection is left or the time is up."""
@@ -1318,7 +1323,7 @@ class Server(http.server.ThreadingHTTPServer):
     def step_reload(self) -> None:
         """Take a step of a reload.
 
-        While there are requests, they get as much time after a step as it took.
+        Under load, each step is followed by an equally long time for requests only.
         """
         if self.was_busy and self.now < self.next_step:
             return
@@ -1336,7 +1341,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept a connection, and return whether another one may be waiting.
 
         If there is no room for it, it replaces the one that has waited longest. (If a
-        thread owns that one, the limit is exceeded by one until the thread ends.)
+        thread owns that one, there is one more than allowed until the thread ends.)
         """
         longest_waiting = None
         if self.connection_count() >= self.max_connections:
@@ -1408,7 +1413,7 @@ class Server(http.server.ThreadingHTTPServer):
     def evict(self, connection: Optional[Connection]) -> bool:
         """Close a connection, if there is one, to make room for another.
 
-        Returns whether its descriptor is free now: a thread has to return it first.
+        Returns whether its descriptor is free now. It is not while a thread owns it.
         """
         if not connection:
             return False
@@ -1496,9 +1501,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self.close(connection)
             elif not connection.received:
                 self.wait_for(self.idle, connection)
-            elif size > 0 or connection.queue is not self.beginnings:
+            elif size == 0 and connection.queue is self.beginnings:
+                pass  # this is more of the same request, so its deadline stays
+            else:
                 self.wait_for(self.beginnings, connection)
-            # Otherwise it waits for more of the same request, so its deadline stays.
         except Exception:
             self.close(connection)
             self.handle_error(connection, connection.address)
@@ -1628,7 +1634,8 @@ class Server(http.server.ThreadingHTTPServer):
             # The client may still be sending, which is why connections linger. As that
             # takes time, it is not done in the most common case: a short answer to a
             # client that has asked to close the connection, and has sent nothing more.
-            # (At a stop, the server closes it without being asked.)
+            # (A 200 or 404 answers a complete GET or HEAD, which has no body. At a stop,
+            # the server closes the connection without being asked.)
             can_close_at_once = (
                 status in (200, 404) and size <= PIECE_BYTES
                 and not connection.received and not self.is_stopping)
@@ -1733,7 +1740,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
-        if connection.unsent:  # the thread has failed to send it
+        if connection.unsent or connection.needs_disk:  # the thread has failed
             self.close(connection)
         elif self.register(connection):
             self.go_on(connection)
@@ -1767,7 +1774,7 @@ class Signals:
     A SIGHUP means one of two things:
 
         stop      if the terminal was closed a moment ago, and the server was started from
-                  it without nohup: this ends any program
+                  it without nohup, as it would end any other program
         reload    otherwise: there still is a terminal, or there never was one, or it was
                   closed long ago, but the shell has left the server running
     """
@@ -1775,7 +1782,7 @@ class Signals:
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
-        self.stops_with_terminal = False   # whether a SIGHUP may mean that it was closed
+        self.stops_with_terminal = False   # whether a SIGHUP may mean the first
         self.terminal_seen = 0.0         # time.monotonic() when there last was a terminal
 
     def catch_hangups(self) -> None:
@@ -1787,7 +1794,10 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal was closed so long ago that no SIGHUP means that."""
+        """Notice when the terminal has been closed for HANGUP_SECONDS.
+
+        From then on, any SIGHUP asks for a reload.
+        """
         if not self.stops_with_terminal:
             return
         if has_terminal():
@@ -1798,7 +1808,7 @@ class Signals:
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
         if self.stops_with_terminal and not has_terminal():
-            # wants_stop is not looked at during a load, but SIGTERM ends it.
+            # Nothing checks wants_stop during the first load, but SIGTERM ends it.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
@@ -2009,7 +2019,7 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server did not answer, or its answer is not one of kv; the message says why."""
+    """A server did not answer, or not as kv would; the message says why."""
 
 
 class BadAnswer(AskError):

@@ -1747,6 +1747,19 @@ class Limits(Test):
             self.assertFalse(server.accept())
         self.assertFalse(server.is_accepting)
 
+    def test_a_lookup_for_which_no_thread_can_start(self):
+        server = server_here(self)
+        server.log = unittest.mock.Mock()
+        connection, client = connection_here(self)
+        connection.received = GET_KEY
+        connection.needs_disk = True
+        with unittest.mock.patch("_thread.start_new_thread", side_effect=RuntimeError):
+            server.hand_over(connection)
+            server.take_back(server.returned.popleft())
+        self.assertEqual(client.recv(1), b"")
+        self.assertFalse(server.returned)
+        self.assertEqual(server.connection_count(), 0)
+
     def test_memory_that_runs_out_costs_a_connection(self):
         server = server_here(self)
         connection, client = connection_here(self)
