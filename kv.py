@@ -395,7 +395,7 @@ class Sorted:
         1 byte        before its offset: a newline, if a line begins at the offset
         PAGE_BYTES    from its offset on
         KEY_BYTES     after these: if a line begins with the last of the PAGE_BYTES, these
-                      are the rest of its key, and the space
+                      are the other 35 bytes of its key, and the space
 
     So a page has the keys of all lines that begin in its PAGE_BYTES. A line that begins
     later would lack the space, so the regular expressions above do not find it. Here, a
@@ -459,8 +459,9 @@ class Sorted:
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
         # If the key is in the file, its line begins at `low` or later, but before `high`.
-        # Each round raises `low` or lowers `high`. The numbers are those of keys nearby,
-        # and only serve for estimates: low_number <= number < high_number.
+        # As low <= probe < high, each round shrinks this range.
+        # The numbers are those of keys nearby, and only serve for estimates:
+        # low_number <= number < high_number.
         probes = 0
         while low < high:
             probes += 1
@@ -504,9 +505,9 @@ class Sorted:
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
-            # The page is inside a long value, or it has only empty lines. Continue with
-            # the next line. If that begins just after the PAGE_BYTES, the last of these
-            # is the newline.
+            # The page is inside a long value, or it has only empty lines. Search from the
+            # last of the PAGE_BYTES, because the newline before the next line may be that
+            # byte.
             newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
             offset = newline + 1
             if offset > search_end and not wait:
@@ -716,7 +717,7 @@ class Data:
             self.log(f"{load_failure(failure, self.name)}\nthe data stays as it was")
 
     def progress(self) -> str:
-        """Return the progress of a load as a text."""
+        """Return the progress of a load as text."""
         percent = "?"
         if self.new_file.seekable():
             size = os.fstat(self.new_file.fileno()).st_size
@@ -766,7 +767,7 @@ ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.
 CODING_RE = re.compile(                                       # RFC 9112 section 7
     TOKEN + rb"(?:[\t ]*;[\t ]*" + TOKEN + rb"[\t ]*=[\t ]*(?:" + TOKEN
     + rb'|"[^"\\]*"))*')
-BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")
+BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")          # not a CR at the very end
 # What a request line may look like before it is complete, such as "GET /x HT"
 LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
 OTHER_METHODS = (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH")
@@ -789,13 +790,13 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the path in it, without its first slash, and the verdict. If the status is
-    200, the path may be malformed: nearly all paths are keys in the data, so the caller
-    looks them up first, and only if that finds nothing, has them judged by `judge_path`.
+    Returns the path in it, without its first slash, and the verdict. If that is 200, all
+    but the path is valid. The path may be malformed, and even contain line ends: nearly
+    all paths are keys in the data, so the caller looks them up first, and only if that
+    finds nothing, calls `judge_path`, which refuses malformed ones.
     """
-    # Everything but the target is the key of the cache. In a malformed head, such as
-    # b"GET /x\r\nY: HTTP/1.1\r\nHost: kv", the second space may be in a later line. Then
-    # the target has a line end in it, and `judge_line` or `judge_path` refuses it.
+    # This splits b"GET /x\r\nY: HTTP/1.1\r\nHost: kv" in the wrong places, too. But then
+    # the path has a line end in it. Everything but the target is in the cache.
     words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
@@ -979,7 +980,7 @@ INTERNAL_ERROR = b"internal error; see the server's log\n"
 def answer_head(status: int, close: bool, date: str) -> bytes:
     """Return the head of an answer, with %d in place of the length of its body, if any.
 
-    It is cached, because it changes only once a second.
+    The result is cached, as it changes only once a second.
     """
     lines = [
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
@@ -1031,8 +1032,9 @@ class Connection:
         self.queue = queue
         queue[self] = None
         # The time.monotonic() at which the server began to wait for the client: for a
-        # request, for the rest of one, or for the client to take more of an answer. It is
-        # math.inf while a thread waits for the disk, and when a thread is done.
+        # request, for the rest of one, or for the client to take more of an answer. While
+        # it is math.inf, the connection is not evicted: a thread is waiting for the disk,
+        # or is done, or it has been evicted already.
         self.waiting_since = math.inf
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
@@ -1437,7 +1439,7 @@ class Server(http.server.ThreadingHTTPServer):
         queue.move_to_end(connection)
 
     def linger(self, connection: Connection) -> None:
-        """Shut a connection down, and wait until the client closes it.
+        """Shut down the sending side, and wait until the client closes the connection.
 
         If the connection were closed at once, the system would answer what the client
         still sends with a reset, and a reset can make the client lose the answer.
@@ -1490,11 +1492,12 @@ class Server(http.server.ThreadingHTTPServer):
                 if answer_size == 0:
                     break
                 size += answer_size
+            # A thread has to go on, and gives the connection back for further requests:
             if size >= TURN_BYTES or connection.needs_disk:
-                # When the thread gives it back, the requests behind these are answered.
                 self.hand_over(connection)
             elif connection.unsent and not self.send(connection):
                 self.hand_over(connection)
+            # Everything has been sent:
             elif connection.must_linger:
                 self.linger(connection)
             elif connection.must_close:
@@ -1782,7 +1785,7 @@ class Signals:
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
-        self.stops_with_terminal = False   # whether a SIGHUP may mean the first
+        self.stops_with_terminal = False   # whether a SIGHUP may mean a stop
         self.terminal_seen = 0.0         # time.monotonic() when there last was a terminal
 
     def catch_hangups(self) -> None:
@@ -1808,7 +1811,8 @@ class Signals:
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
         if self.stops_with_terminal and not has_terminal():
-            # Nothing checks wants_stop during the first load, but SIGTERM ends it.
+            # Nothing checks wants_stop during the first load, but SIGTERM always means a
+            # stop.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True

@@ -986,11 +986,12 @@ class Judge(WithExample):
                 got, fields, _ = client.answer()
                 self.assertEqual((got, fields["connection"]), (status, "close"))
                 self.assertEqual(client.rest(), b"")
-        for beginning in (b"GET / HTTP/1.1\r", b"GET / HTTP/1.1\r\nHost: kv\r"):
+        for beginning, more in ((b"GET / HTTP/1.1\r", b"X"), (b"\r\n", b"\r\n"),
+                                (b"GET / HTTP/1.1\r\nHost: kv\r", b"X")):
             client = self.server.connect()
             client.send(beginning)
             self.server.ask(KEY)  # when this is answered, the beginning has come
-            client.send(b"X")
+            client.send(more)
             self.assertEqual(client.answer()[0], 400)
 
     def test_the_same_however_the_bytes_come(self):
