@@ -2463,7 +2463,7 @@ class Sockets(Test):
             ["systemd-socket-activate", "-l", path] + command("serve", EXAMPLE),
             stderr=subprocess.PIPE, env=environment()))
         self.addCleanup(process.kill)
-        until(lambda: os.path.exists(path))
+        self.assertIn(b"Listening on", process.stderr.readline())
         client = Client(path)
         self.addCleanup(client.close)
         self.assertEqual(client.ask(KEY)[2], VALUE)  # this starts it
