@@ -437,8 +437,9 @@ class Sorted:
         self.bytes_since_mark += line_bytes
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has read up to the end of the line. (If the last line has no
-            # newline, the offset is too low by one. No other line begins there.)
+            # The parser has read up to the end of the line. (A last line without a
+            # newline is a byte shorter than line_bytes. Then the mark is at the newline
+            # before it, which does no harm.)
             offset = max(0, self.file.tell() - line_bytes)
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, offset)
@@ -499,7 +500,7 @@ class Sorted:
         Returns its offset, the page, and the first key in it. Returns None if no line
         begins from `offset` to `high`. Raises the same exceptions as `get`.
         """
-        search_end = offset + PIECE_BYTES  # without `wait`
+        search_end = offset + PIECE_BYTES  # applies only without `wait`
         while offset < high:
             page = self.read_page(offset, wait)
             first = FIRST_KEY_RE.search(page)
@@ -795,8 +796,8 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     all paths are keys in the data, so the caller looks them up first, and only if that
     finds nothing, calls `judge_path`, which refuses malformed ones.
     """
-    # This splits b"GET /x\r\nY: HTTP/1.1\r\nHost: kv" in the wrong places, too. But then
-    # the path has a line end in it. Everything but the target is in the cache.
+    # A head whose first line has only one space, as b"GET /x\r\nY: HTTP/1.1\r\nHost: kv"
+    # has, is split in the wrong place. That does no harm: the path has a line end in it.
     words = head.split(b" ", 2)
     if len(words) < 3:
         return b"", MALFORMED_LINE
@@ -1492,7 +1493,7 @@ class Server(http.server.ThreadingHTTPServer):
                 if answer_size == 0:
                     break
                 size += answer_size
-            # A thread has to go on, and gives the connection back for further requests:
+            # A thread takes over, and returns the connection when it is done:
             if size >= TURN_BYTES or connection.needs_disk:
                 self.hand_over(connection)
             elif connection.unsent and not self.send(connection):
@@ -1777,7 +1778,7 @@ class Signals:
     A SIGHUP means one of two things:
 
         stop      if the terminal was closed a moment ago, and the server was started from
-                  it without nohup, as it would end any other program
+                  it without nohup, just as SIGHUP would end any other program
         reload    otherwise: there still is a terminal, or there never was one, or it was
                   closed long ago, but the shell has left the server running
     """
@@ -2023,7 +2024,7 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server did not answer, or not as kv would; the message says why."""
+    """A server did not answer, or not in the way of kv; the message says why."""
 
 
 class BadAnswer(AskError):
