@@ -117,7 +117,8 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # how long after a terminal is closed its SIGHUP may arrive
+HANGUP_SECONDS = 1.0          # a SIGHUP within this time after its terminal was closed
+                              # stops the server; see Signals
 WINDOWS_SOCKETS = 512         # sockets that select can handle on Windows
 
 # The loop
@@ -359,7 +360,7 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
         if not SORTED_PAIR_RE.match(line):
             return "a key in upper case, which --sorted does not accept"
         if line[:KEY_BYTES] < pairs.last_key:
-            return "a key below an earlier one; sort the file with LC_ALL=C sort"
+            return "a key out of order; sort the file with LC_ALL=C sort"
     return "duplicate key, first on an earlier line"
 
 
@@ -390,20 +391,18 @@ class Sorted:
     assignment, `len`). It keeps none of the pairs; it only notes a key and its offset in
     the file about every MARK_BYTES. To the server it has a `get` like that of a dict.
 
-    A lookup reads the file in pages. Each page consists of
+    A lookup reads the file in pages. The page at an offset contains the keys of all lines
+    that begin in the PAGE_BYTES from that offset on. It is a little longer:
 
-        1 byte        before its offset: a newline, if a line begins at the offset
-        PAGE_BYTES    from its offset on
-        KEY_BYTES     after these: if a line begins with the last of the PAGE_BYTES, these
-                      are the other 35 bytes of its key, and the space
+        1 byte         before the offset: a newline, if a line begins at the offset
+        PAGE_BYTES
+        PREFIX_BYTES   the rest of a key that begins near the end of the PAGE_BYTES
 
-    So a page has the keys of all lines that begin in its PAGE_BYTES. A line that begins
-    later would lack the space, so the regular expressions above do not find it. Here, a
-    line means one with a pair, not an empty one.
+    In this class, "line" means a line with a pair: empty lines do not count.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file                         # for `tell`, during a load
+        self.file = file                         # the parser reads this one
         self.descriptor = os.dup(file.fileno())  # for lookups
         # A reload must not close it, because a thread may still be reading. It is closed
         # when nothing refers to these pairs any more.
@@ -437,9 +436,9 @@ class Sorted:
         self.bytes_since_mark += line_bytes
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has read up to the end of the line. (A last line without a
-            # newline is a byte shorter than line_bytes. Then the mark is at the newline
-            # before it, which does no harm.)
+            # The parser has read up to the end of the line. (If it is the last line and
+            # has no newline, the result is one byte too low. A mark may be before its
+            # line, but not after it.)
             offset = max(0, self.file.tell() - line_bytes)
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, offset)
@@ -448,8 +447,8 @@ class Sorted:
         """Return the value of `key`, or None if there is no such key.
 
         Threads set `wait`. Without it, raises BlockingIOError instead of reading a long
-        value, or pages that are not in memory. (If the system cannot tell, it reads
-        them.) Raises FileChanged and Unreadable.
+        value, or pages that are not in memory. (Pages are read anyway where the system
+        cannot tell whether they are in memory.) Raises FileChanged and Unreadable.
         """
         if not KEY_RE.fullmatch(key):  # callers pass paths that are not validated
             return None
@@ -460,9 +459,9 @@ class Sorted:
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
         # If the key is in the file, its line begins at `low` or later, but before `high`.
-        # As low <= probe < high, each round shrinks this range.
-        # The numbers are those of keys nearby, and only serve for estimates:
-        # low_number <= number < high_number.
+        # Each round raises `low` or lowers `high`, as it reads a page between them.
+        # The two numbers are those of keys near `low` and `high`, and serve only for
+        # estimates: low_number <= number < high_number.
         probes = 0
         while low < high:
             probes += 1
@@ -471,24 +470,25 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            # Read the page around the guess, or the next one in which a line begins.
+            # Read the page with the guess in its middle. If no line begins in it, as in a
+            # long value, the next page in which one does.
             probe = max(low, guess - PAGE_BYTES // 2)
             found = self.page_with_key(probe, high, wait)
-            if not found:  # no line begins from `probe` to `high`
+            if not found:  # no line begins between `probe` and `high`
                 high = probe
                 continue
-            offset, page, first_key = found  # no line begins from `probe` to `offset`
+            offset, page, first_key = found
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_in(page, offset, line + PREFIX_BYTES, wait)
             last_key = LAST_KEY_RE.match(page)[1]  # possibly the same as the first
-            if key < first_key:  # its line begins before this page
+            if key < first_key:  # no line begins between `probe` and this page
                 high = probe
                 high_number = key_number(first_key)
-            elif key > last_key:  # its line begins after this page
+            elif key > last_key:
                 low = offset + PAGE_BYTES
                 low_number = key_number(last_key)
-            else:  # its line would begin in this page
+            else:  # it would be in this page
                 return None
         return None
 
@@ -500,19 +500,17 @@ class Sorted:
         Returns its offset, the page, and the first key in it. Returns None if no line
         begins from `offset` to `high`. Raises the same exceptions as `get`.
         """
-        search_end = offset + PIECE_BYTES  # applies only without `wait`
+        start = offset
         while offset < high:
+            if not wait and offset > start + PIECE_BYTES:
+                raise BlockingIOError("a long search is left to a thread")
             page = self.read_page(offset, wait)
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
-            # The page is inside a long value, or it has only empty lines. Search from the
-            # last of the PAGE_BYTES, because the newline before the next line may be that
-            # byte.
-            newline = self.find_newline(offset + PAGE_BYTES - 1, wait)
-            offset = newline + 1
-            if offset > search_end and not wait:
-                raise BlockingIOError("a long search is left to a thread")
+            # The page is inside a long value, or has only empty lines. The next line
+            # follows a newline, which may be the last of the PAGE_BYTES.
+            offset = self.find_newline(offset + PAGE_BYTES - 1, wait) + 1
         return None
 
     def read_page(self, offset: int, wait: bool) -> bytes:
@@ -521,8 +519,8 @@ class Sorted:
         Raises the same exceptions as `get`.
         """
         if offset == 0:  # act as if a newline preceded the file
-            return b"\n" + self.read(0, PAGE_BYTES + KEY_BYTES, wait)
-        return self.read(offset - 1, 1 + PAGE_BYTES + KEY_BYTES, wait)
+            return b"\n" + self.read(0, PAGE_BYTES + PREFIX_BYTES, wait)
+        return self.read(offset - 1, 1 + PAGE_BYTES + PREFIX_BYTES, wait)
 
     def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
         """Return the value that begins at `index` of the page at `offset`.
@@ -623,9 +621,7 @@ class StoredValue:
 
 Pairs = Union[Dict[bytes, bytes], Sorted]
 Value = Union[bytes, StoredValue]
-# The body of an answer. A list contains its parts; lists and StoredValues are longer than
-# JOINED_BYTES.
-Body = Union[Value, List[Value]]
+Body = Union[Value, List[Value]]     # of an answer; a list contains its parts
 
 
 # ---------------------------------------------------------------------------
@@ -700,7 +696,7 @@ class Data:
                 raise ValueError(f"{self.name}: not a file that can be read again")
             yield from self.load()
         except Exception as error:
-            failure = error
+            failure = error.with_traceback(None)  # which refers to the new pairs
             unneeded = self.new_pairs
             self.new_pairs = {}
         else:
@@ -709,7 +705,8 @@ class Data:
                 success += f" ({len(old_pairs)} before)"
             self.log(success)
             unneeded = old_pairs
-        # Freeing a dict with millions of pairs at once would hold up all clients.
+        # Freeing a dict with millions of pairs at once would hold up all clients. Nothing
+        # uses it any more: only the loop, which runs this, looks keys up in a dict.
         while isinstance(unneeded, dict) and unneeded:
             for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
@@ -718,7 +715,7 @@ class Data:
             self.log(f"{load_failure(failure, self.name)}\nthe data stays as it was")
 
     def progress(self) -> str:
-        """Return the progress of a load as text."""
+        """Return the progress of a load as text. Called between the steps of `load`."""
         percent = "?"
         if self.new_file.seekable():
             size = os.fstat(self.new_file.fileno()).st_size
@@ -796,19 +793,19 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     all paths are keys in the data, so the caller looks them up first, and only if that
     finds nothing, calls `judge_path`, which refuses malformed ones.
     """
-    # A head whose first line has only one space, as b"GET /x\r\nY: HTTP/1.1\r\nHost: kv"
-    # has, is split in the wrong place. That does no harm: the path has a line end in it.
-    words = head.split(b" ", 2)
-    if len(words) < 3:
-        return b"", MALFORMED_LINE
-    method, target, version_and_fields = words
-    if len(head) <= VERDICT_BYTES:
-        verdict = judge_fields_cached(method, version_and_fields)
-    else:  # if these were cached, clients could make the server use much memory
+    judge_rest = judge_fields_cached
+    if len(head) > VERDICT_BYTES:
+        judge_rest = judge_fields  # a cache of long heads would use much memory
         too_long = judge_length(head + b"\r\n\r\n")
         if too_long:
             return b"", too_long
-        verdict = judge_fields(method, version_and_fields)
+    words = head.split(b" ", 2)
+    if len(words) < 3:
+        return b"", MALFORMED_LINE
+    # If the request line has fewer than two spaces, the method or the target has a line
+    # end in it now. Such a method is unknown, and such a target is not a valid path.
+    method, target, version_and_fields = words
+    verdict = judge_rest(method, version_and_fields)
     if verdict[0] == 200 and target.startswith(b"/"):  # nearly always
         return target[1:], verdict
     line = head.partition(b"\r\n")[0]
@@ -825,7 +822,7 @@ def judge_length(head: bytes) -> Optional[Verdict]:
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
         method = line.partition(b" ")[0]
-        if len(method) > METHOD_BYTES:  # then it is the method that is too long
+        if len(method) > METHOD_BYTES:  # RFC 9112 section 3 distinguishes these two
             return refusal(501, "unknown method (RFC 9110 section 9.1)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
@@ -864,12 +861,12 @@ def judge_line(line: bytes) -> Tuple[bytes, Optional[Verdict]]:
 def judge_fields(method: bytes, version_and_fields: bytes) -> Verdict:
     """Judge all of a head except its target.
 
-    An invalid method or version never leads to a verdict of 200. `judge` then has the
+    If the method or the version is invalid, the verdict is not 200. `judge` then has the
     line judged by `judge_line`, whose refusal takes precedence.
     """
     version, *fields = version_and_fields.split(b"\r\n")
     if not VERSION_1_RE.fullmatch(version):
-        return MALFORMED_LINE
+        return MALFORMED_LINE  # or another version, to which judge_line gives a 505
     values = collections.defaultdict(list)  # the values of each field name
     for line in fields:
         if b"\r" in line or b"\n" in line:
@@ -930,7 +927,7 @@ def list_elements(values: List[bytes]) -> List[bytes]:
 
 
 def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
-    """Judge a path that was not found in the data as it is.
+    """Judge a path that is not itself a key in the data.
 
     Returns the keys in it (none for the status page), and a refusal or None.
     """
@@ -963,8 +960,8 @@ def judge_beginning(beginning: bytes, judged_bytes: int = 0) -> Optional[Verdict
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    # The last byte that was judged may be a CR. (The regular expression can look behind
-    # the place where the search begins.)
+    # Search from the last byte that was judged, which may be a CR. (The lookbehind in the
+    # regular expression also sees the bytes before that.)
     if BARE_LINE_END_RE.search(beginning, max(0, judged_bytes - 1)):
         return BARE_LINE_END
     return None
@@ -1029,13 +1026,13 @@ class Connection:
                  queue: collections.OrderedDict) -> None:
         self.socket = client_socket
         self.address = address
-        # The one of the server's queues that the connection is in.
+        # Which of the server's queues the connection is in.
         self.queue = queue
         queue[self] = None
         # The time.monotonic() at which the server began to wait for the client: for a
-        # request, for the rest of one, or for the client to take more of an answer. While
-        # it is math.inf, the connection is not evicted: a thread is waiting for the disk,
-        # or is done, or it has been evicted already.
+        # request, for the rest of one, or for the client to take more of an answer. It is
+        # math.inf while the server is not waiting for the client, and after the
+        # connection has been evicted. Then it is not evicted to make room for another.
         self.waiting_since = math.inf
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
@@ -1056,9 +1053,9 @@ class Connection:
 class Handler(socketserver.BaseRequestHandler):
     """Waits for one client, or for the disk: plain blocking code, in a thread.
 
-    What socketserver calls a request is a Connection here. In a new thread,
-    ThreadingMixIn.process_request_thread makes a Handler, which calls `handle`. If that
-    raises an exception, it calls Server.handle_error; in the end, it always calls
+    What socketserver calls a request is a Connection here. A new thread runs
+    ThreadingMixIn.process_request_thread. That makes a Handler, which calls `handle`. It
+    then calls Server.handle_error if there was an exception, and in any case
     Server.shutdown_request, which gives the connection back to the loop.
     """
 
@@ -1068,7 +1065,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.send_unsent()  # answers to earlier requests
         if connection.needs_disk:
             connection.needs_disk = False
-            connection.waiting_since = math.inf
+            connection.waiting_since = math.inf  # even if nothing was unsent
             self.server.answer_next(connection, wait=True)
             self.send_unsent()
 
@@ -1097,6 +1094,7 @@ class Handler(socketserver.BaseRequestHandler):
             connection.socket.settimeout(seconds)
             sent = connection.socket.send(rest)
             rest = rest[sent:]
+        connection.waiting_since = math.inf
 
 
 # ---------------------------------------------------------------------------
@@ -1129,7 +1127,9 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = ACCEPT_QUEUE
-    allow_reuse_address = False          # server_bind decides whether to set SO_REUSEADDR
+    # With SO_REUSEADDR, connections that an earlier server has left at the port (in state
+    # TIME_WAIT) do not matter. On Windows, it would let another program take the port.
+    allow_reuse_address = os.name == "posix"
     allow_reuse_port = False             # __init__ sets SO_REUSEPORT itself
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
@@ -1188,8 +1188,8 @@ class Server(http.server.ThreadingHTTPServer):
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # When a client is slow, more can be sent only once the system's queue of unsent
-        # data is shorter than this. With a long queue, a client that takes data all the
-        # time would seem to have stalled.
+        # data is shorter than this. By default, that is when much of a long queue has
+        # been taken, so a slow client would seem to take nothing for many seconds.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -1198,27 +1198,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        try:
-            # This fails if another server has the port, even one that is still loading.
-            socketserver.TCPServer.server_bind(self)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or os.name != "posix":
-                raise
-            # Perhaps only connections of an earlier server are left at the port, in state
-            # TIME_WAIT. They do not matter to a socket with SO_REUSEADDR.
-            self.allow_reuse_address = True
-            socketserver.TCPServer.server_bind(self)
-            # But with the option, another server could bind, too, until this one listens.
-            # So clear it while the data is loaded.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-
-    def server_activate(self) -> None:
-        """Listen. Raises OSError."""
-        if os.name == "posix":
-            # Set it for the connections, which inherit it: the next server can bind in
-            # spite of those in TIME_WAIT only if they have it, too.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        super().server_activate()
+        socketserver.TCPServer.server_bind(self)
 
     # The loop
 
@@ -1241,10 +1221,10 @@ class Server(http.server.ThreadingHTTPServer):
             if isinstance(error, MemoryError):
                 self.evict(self.longest_waiting())
             else:
-                time.sleep(TICK_SECONDS)  # a fault that persists must not keep it busy
+                time.sleep(TICK_SECONDS)  # in case the fault occurs in each round
             self.log(f"fault in the loop: {error!r}")
         except MemoryError:
-            pass  # one connection fewer may be enough for the next round
+            pass  # having closed a connection may be enough for the next round
 
     def is_stopped(self) -> bool:
         """Return whether, after a stop, no connection is left or the time is up."""
@@ -1308,7 +1288,7 @@ class Server(http.server.ThreadingHTTPServer):
             idle_seconds = DRAIN_IDLE_SECONDS
             linger_seconds = DRAIN_IDLE_SECONDS
         for connection in self.overdue(self.idle, idle_seconds):
-            if not has_sent_more(connection):
+            if not has_sent_more(connection):  # since this round began
                 self.close(connection)
         for connection in self.overdue(self.lingering, linger_seconds):
             self.close(connection)
@@ -1344,7 +1324,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept a connection, and return whether another one may be waiting.
 
         If there is no room for it, it replaces the one that has waited longest. (If a
-        thread owns that one, there is one more than allowed until the thread ends.)
+        thread owns that one, there is one connection too many until the thread ends.)
         """
         longest_waiting = None
         if self.connection_count() >= self.max_connections:
@@ -1478,37 +1458,36 @@ class Server(http.server.ThreadingHTTPServer):
         if not data:
             self.close(connection)
         elif not connection.must_close:  # otherwise, it lingers, and `data` is discarded
-            connection.received += data
-            self.go_on(connection)
+            self.go_on(connection, data)
 
-    def go_on(self, connection: Connection) -> None:
-        """Answer requests that have been received, and decide what to do next.
+    def go_on(self, connection: Connection, data: bytes = b"") -> None:
+        """Answer requests, and decide what to do next with a connection.
 
-        If that fails, logs it and closes the connection.
+        `data` is what has just been received. If anything fails, logs it and closes the
+        connection.
         """
         size = 0  # of the answers
         try:
+            connection.received += data
             while connection.received and size < TURN_BYTES and not connection.must_close:
                 answer_size = self.answer_next(connection)
                 if answer_size == 0:
                     break
                 size += answer_size
-            # A thread takes over, and returns the connection when it is done:
-            if size >= TURN_BYTES or connection.needs_disk:
+            needs_thread = connection.needs_disk or size >= TURN_BYTES
+            if connection.unsent and not needs_thread:
+                needs_thread = not self.send(connection)
+            if needs_thread:
                 self.hand_over(connection)
-            elif connection.unsent and not self.send(connection):
-                self.hand_over(connection)
-            # Everything has been sent:
             elif connection.must_linger:
                 self.linger(connection)
             elif connection.must_close:
                 self.close(connection)
             elif not connection.received:
                 self.wait_for(self.idle, connection)
-            elif size == 0 and connection.queue is self.beginnings:
-                pass  # this is more of the same request, so its deadline stays
-            else:
+            elif size > 0 or connection.queue is not self.beginnings:
                 self.wait_for(self.beginnings, connection)
+            # Otherwise, this is more of the same request, so its deadline stays.
         except Exception:
             self.close(connection)
             self.handle_error(connection, connection.address)
@@ -1554,7 +1533,7 @@ class Server(http.server.ThreadingHTTPServer):
             if status != 200:
                 return verdict
             get = self.data.pairs.get
-            if wait:  # only the lookup in a Sorted may have to
+            if wait:  # then the pairs are a Sorted
                 get = functools.partial(get, wait=True)
             value = get(path)
             if value is not None:
@@ -1568,7 +1547,7 @@ class Server(http.server.ThreadingHTTPServer):
                 return 200, self.status_page(), must_close
             if len(keys) > 1:
                 if isinstance(self.data.pairs, Sorted) and not wait:
-                    raise BlockingIOError("a long search is left to a thread")
+                    raise BlockingIOError("many lookups are left to a thread")
                 return 200, pair_lines(keys, get), must_close
             value = get(keys[0])  # it may differ from the path in case, for example
             if value is None:
@@ -1599,14 +1578,14 @@ class Server(http.server.ThreadingHTTPServer):
         judged_bytes = connection.judged_bytes
         connection.judged_bytes = len(connection.received)
         if judged_bytes > 0:
-            # To judge it again after each byte would take quadratic time, so this is done
-            # only if it has a new line end, or has grown past a limit.
+            # Judging it again after each byte would take quadratic time. This is done
+            # only if a new line end makes more of it complete, or it exceeds a limit.
             recent = connection.received[judged_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
-            has_passed_limit = any(
+            exceeds_limit = any(
                 judged_bytes <= limit < len(connection.received)
                 for limit in (LINE_BYTES, HEAD_BYTES))
-            if not has_line_end and not has_passed_limit:
+            if not has_line_end and not exceeds_limit:
                 return 0
         verdict = judge_beginning(connection.received, judged_bytes)
         if not verdict:
@@ -1635,21 +1614,20 @@ class Server(http.server.ThreadingHTTPServer):
             answer = answer_head(status, connection.must_close, self.date)
             if status != 204:
                 answer %= size
-            # The client may still be sending, which is why connections linger. As that
-            # takes time, it is not done in the most common case: a short answer to a
-            # client that has asked to close the connection, and has sent nothing more.
-            # (A 200 or 404 answers a complete GET or HEAD, which has no body. At a stop,
-            # the server closes the connection without being asked.)
-            can_close_at_once = (
-                status in (200, 404) and size <= PIECE_BYTES
-                and not connection.received and not self.is_stopping)
-            connection.must_linger = connection.must_close and not can_close_at_once
+            # Connections linger, as the client may still be sending.
+            connection.must_linger = connection.must_close
+            client_closes = status in (200, 404) and not self.is_stopping
+            if client_closes and not connection.received and size <= PIECE_BYTES:
+                # The client has asked for this, with a GET or HEAD without a body. So it
+                # should not send more, and lingering would only take time. If it does
+                # send more, it has probably received an answer as short as this.
+                connection.must_linger = False
         if head.startswith(b"HEAD "):
             body = b""
             size = 0
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, size)
-        if size <= JOINED_BYTES:  # then it is bytes
+        if size <= JOINED_BYTES:  # then it is bytes: lists and StoredValues are longer
             connection.unsent.append(answer + body)
         elif isinstance(body, list):
             connection.unsent += [answer, *body]
@@ -1744,7 +1722,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
-        if connection.unsent or connection.needs_disk:  # the thread has failed
+        if connection.unsent or connection.needs_disk:  # the thread could not finish
             self.close(connection)
         elif self.register(connection):
             self.go_on(connection)
@@ -1775,18 +1753,18 @@ class Server(http.server.ThreadingHTTPServer):
 class Signals:
     """The signals received so far: their handlers only set a flag.
 
-    A SIGHUP means one of two things:
+    What a SIGHUP means depends on the terminal that the server was started from:
 
-        stop      if the terminal was closed a moment ago, and the server was started from
-                  it without nohup, just as SIGHUP would end any other program
-        reload    otherwise: there still is a terminal, or there never was one, or it was
-                  closed long ago, but the shell has left the server running
+        none, or with nohup       reload
+        it is still open          reload
+        it was closed just now    stop, as any other program would
+        it was closed long ago    reload: the shell has left the server running
     """
 
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
-        self.stops_with_terminal = False   # whether a SIGHUP may mean a stop
+        self.stops_with_terminal = False   # false in the first and the last of the cases
         self.terminal_seen = 0.0         # time.monotonic() when there last was a terminal
 
     def catch_hangups(self) -> None:
@@ -1798,10 +1776,7 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal has been closed for HANGUP_SECONDS.
-
-        From then on, any SIGHUP asks for a reload.
-        """
+        """Notice when the terminal has been closed for HANGUP_SECONDS: long ago."""
         if not self.stops_with_terminal:
             return
         if has_terminal():
@@ -1812,8 +1787,7 @@ class Signals:
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
         if self.stops_with_terminal and not has_terminal():
-            # Nothing checks wants_stop during the first load, but SIGTERM always means a
-            # stop.
+            # The handler of SIGTERM is the right one at any time, even in the first load.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
@@ -1826,7 +1800,10 @@ class Signals:
 
 
 def has_sent_more(connection: Connection) -> bool:
-    """Return whether a client has sent another request, or data not yet received."""
+    """Return whether a client has sent another request, or data not yet received.
+
+    The beginning of a request that has been received does not count.
+    """
     if b"\r\n\r\n" in connection.received:
         return True
     connection.socket.setblocking(False)  # Handlers set timeouts
@@ -1906,7 +1883,7 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
         # Take the port before loading the data, so that a busy one is reported at once.
         server = Server(options, data, log, signals, listener)
         signals.catch_hangups()  # until now, SIGHUP would have ended the program
-        load_with_progress(data, log)
+        load_with_progress(data, log)  # if this fails, it is not an OSError
         signal.signal(signal.SIGTERM, signals.on_stop)
         signal.signal(signal.SIGINT, signals.on_stop)
         server.server_activate()
@@ -1915,7 +1892,7 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
     address = server.socket.getsockname()
     if isinstance(address, tuple):
         place = f"http://{host_and_port(*address[:2])}"
-    else:  # of a Unix socket; an abstract one is bytes
+    else:  # a Unix socket has a path, or an abstract address, which is bytes
         place = f"unix:{os.fsdecode(address)}"
     log(f"{data.report}, on {escape(place)}")
     return server
@@ -2024,11 +2001,11 @@ Key = Union[str, uuid.UUID]
 
 
 class AskError(OSError):
-    """A server did not answer, or not in the way of kv; the message says why."""
+    """A server did not give a usable answer; the message says why."""
 
 
 class BadAnswer(AskError):
-    """A server answered, but with something else; the message says with what."""
+    """A server answered, but not as kv does, or not completely."""
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
@@ -2093,7 +2070,9 @@ def ask_together(
     try:
         body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
     except (KeyError, BadAnswer):
-        return None  # older versions of kv, and proxies in front of shards, refuse lists
+        # Older versions of kv refuse lists, as do proxies that choose one of several
+        # servers by the key.
+        return None
     # The answer should be a data file, and have no other keys.
     values = {}
     *lines, rest = body.split(b"\n")
@@ -2109,11 +2088,12 @@ def ask_together(
 
 
 def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
-    """Return the body of the answer of the server at `url` to GET /path.
+    """Return the body of the server's answer to GET /path.
 
     Raises ValueError for a URL or a timeout that cannot be used; KeyError if the answer
     is that the key is not found; BadAnswer if the answer is another error, is longer than
-    `max_bytes`, or is not like those of kv; and AskError if there is no answer.
+    `max_bytes`, is not as kv's answers are, or is not complete; and AskError if there is
+    no answer.
     """
     check_url(url)
     check_timeout(timeout)
@@ -2130,7 +2110,7 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
         raise AskError(f"cannot ask {place}: {reason}") from None
     with answer:
         if answer.status != 200:
-            refuse_error(answer, place, path)
+            raise error_in(answer, place, path)
         try:
             return body_of(answer, max_bytes)
         except (OSError, http.client.HTTPException, ValueError, MemoryError) as error:
@@ -2138,24 +2118,24 @@ def ask(path: str, url: str, timeout: float, max_bytes: int) -> bytes:
             raise BadAnswer(f"cannot ask {place}: {reason}") from None
 
 
-def refuse_error(answer: http.client.HTTPResponse, place: str, path: str) -> None:
-    """Raise KeyError if an answer says that the key is not found; else BadAnswer."""
+def error_in(answer: http.client.HTTPResponse, place: str, path: str) -> Exception:
+    """Return a KeyError if an answer says that the key is not found; else a BadAnswer."""
     try:
         body = answer.read(PIECE_BYTES)
     except (OSError, http.client.HTTPException):
         body = b""
     if answer.status == 404 and body == KEY_NOT_FOUND:
-        raise KeyError(path)
+        return KeyError(path)
     said = f"{answer.status} {answer.reason}"
     line = body.decode("utf-8", "replace").partition("\n")[0]
     if line:
         said += f": {line}"
-    raise BadAnswer(f"{place} answered {shorten(said)}")
+    return BadAnswer(f"{place} answered {shorten(said)}")
 
 
 @functools.lru_cache(maxsize=100)
 def opener_for(scheme: str, proxy: Optional[str]) -> urllib.request.OpenerDirector:
-    """Return an opener of URLs. It is cached, as making one for TLS can take 20 ms."""
+    """Return a URL opener. It is cached, as making one for TLS can take 20 ms."""
     proxies = {}
     if proxy:
         proxies[scheme] = proxy
@@ -2163,7 +2143,10 @@ def opener_for(scheme: str, proxy: Optional[str]) -> urllib.request.OpenerDirect
 
 
 def version_4_uuid(key: Key) -> str:
-    """Return a key as in data files. Raises ValueError unless it is a version 4 UUID."""
+    """Return a key in lower case, with hyphens.
+
+    Raises ValueError unless it is a version 4 UUID.
+    """
     shown = escape(str(key)) or "''"
     try:
         identifier = uuid.UUID(str(key))
@@ -2233,8 +2216,8 @@ def is_loopback(host: str) -> bool:
 def body_of(answer: http.client.HTTPResponse, max_bytes: int) -> bytes:
     """Return the body of an answer.
 
-    Raises OSError or HTTPException if the answer is not like those of kv, or longer than
-    `max_bytes`, and MemoryError if it does not fit in memory.
+    Raises OSError or HTTPException if the answer is not as kv's answers are, is longer
+    than `max_bytes`, or is not complete, and MemoryError if it does not fit in memory.
     """
     fields = answer.headers
     if fields.defects:
@@ -2333,11 +2316,11 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     while True:
         try:
             data = os.read(0, INPUT_BYTES)
-        except OSError as error:  # run_get would attribute it to standard output
+        except OSError as error:  # to run_get, an OSError is one of standard output
             raise ValueError(f"standard input: {error.strerror}")
-        lines = (rest + data).split(b"\n")
-        if data:
-            rest = lines.pop()
+        if not data:  # the end, which also ends the last line
+            rest += b"\n"
+        *lines, rest = (rest + data).split(b"\n")
         yield [line.decode("utf-8", "replace").strip() for line in lines if line.strip()]
         if not data:
             return

@@ -347,7 +347,7 @@ class Lines(Test):
     TWICE = "duplicate key, first on an earlier line"
     VERSION = "a UUID, but version %s, not 4"
     VARIANT = "a UUID, but not of the RFC 9562 variant"
-    UNSORTED = "a key below an earlier one; sort the file with LC_ALL=C sort"
+    UNSORTED = "a key out of order; sort the file with LC_ALL=C sort"
     UPPER = "a key in upper case, which --sorted does not accept"
     BAD_LINES = (  # what is wrong, and lines of which this is true
         (NO_SPACE, K, K + b"\tv", K + b",v", K + b"\0v", K + b"\r", K + b"0 v"),
@@ -892,7 +892,8 @@ class Judge(WithExample):
         *rows(417, "Expect: x", form=POST),
         # lengths
         *rows(414, ask_for(b"x" * (LINE_BYTES - 13)), "\r\nGET /" + "x" * LINE_BYTES,
-              "UPDATEREDIRECTREF " + "x" * LINE_BYTES),
+              "UPDATEREDIRECTREF " + "x" * LINE_BYTES,
+              "GET /" + "x" * LINE_BYTES + "\r\n\r\n"),
         *rows(501, "x" * (LINE_BYTES + 1), "UPDATEREDIRECTREFS " + "x" * LINE_BYTES),
         *rows(431, "X: " + "x" * (ROOM - 4), "a:b\r\n" * 3999 + "a:b", form=FIELD),
         *rows(431, b"GET /" + KEY + b" HTTP/1.1\r\n" + b"x" * kv.HEAD_BYTES),
@@ -1925,6 +1926,16 @@ class ReloadAndStop(Test):
         self.assertEqual(server.lines()[1], "kv: standard input" + self.NO_FILE)
         self.assertEqual(server.ask(KEY)[2], VALUE)
 
+    @ON_LINUX
+    @ON_CPYTHON
+    def test_a_refused_reload_keeps_nothing_of_the_file(self):
+        server = self.serve(self.content(b"old"), "--sorted")
+        descriptors = "/proc/%d/fd" % server.pid
+        before = len(os.listdir(descriptors))
+        replace(server.path, self.content(b"new") + b"bad\n")
+        server.reload()
+        until(lambda: len(os.listdir(descriptors)) == before)
+
     def test_a_reload_works_in_short_steps(self):
         """The old pairs are not freed at once, either."""
         options = kv.make_parser().parse_args(["serve", EXAMPLE])
@@ -2151,24 +2162,27 @@ class ReloadAndStop(Test):
         with server:
             until(lambda: server.ask(key(1))[2] == b"second")
 
-    def test_its_port_is_taken_during_the_first_load(self):
-        """From the beginning, also where an earlier server has left connections."""
+    def test_its_port_is_taken_before_the_first_load(self):
+        """Also where an earlier server has left connections, but not where one listens."""
         with Serving() as earlier:
             client = earlier.connect()
             client.send(ask_for(KEY, "Connection: close"))
             client.rest()  # so the server has closed first, which leaves TIME_WAIT
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            free_port = unused.getsockname()[1]
-        for port in (earlier.port, free_port):
             path = self.pipe_path()
-            words = command("serve", path, "--port", str(port))
-            server, pipe = self.loading(path, words=words)
-            code, _, err = run("serve", EXAMPLE, "--port", str(port))
+            os.mkfifo(path)
+            pipe = self.enter(open(path, "r+b", 0))
+            code, _, err = run("serve", path, "--port", str(earlier.port))
             self.assertEqual((code, err.count(b"already in use")), (1, 1))
-            pipe.close()
-            with server:
-                self.assertEqual(server.ask(key(1))[2], b"first")
+        path = self.pipe_path()
+        words = command("serve", path, "--port", str(earlier.port))
+        server, pipe = self.loading(path, words=words)
+        with socket.socket() as other, self.assertRaisesRegex(OSError, "in use"):
+            other.bind(("127.0.0.1", earlier.port))
+        with self.assertRaises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", earlier.port))
+        pipe.close()
+        with server:
+            self.assertEqual(server.ask(key(1))[2], b"first")
 
     def on_terminal(self, *prefix):
         """Return how to serve on a new terminal, and the terminal's other side."""
