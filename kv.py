@@ -675,13 +675,13 @@ class Data:
             if self.options.check:
                 warnings = yield from parse(file, self.name, self.new_pairs)
                 summary = f"{len(self.new_pairs)} pairs"
-        self.pairs = self.new_pairs
-        self.new_pairs = {}
-        self.summary = summary
-        self.since = email.utils.formatdate(usegmt=True)
         seconds = time.monotonic() - self.load_start
         success = f"{summary} of {self.name} in {seconds:.2f} s"
         self.report = "\n".join(warnings + [success])
+        self.summary = summary
+        self.since = email.utils.formatdate(usegmt=True)
+        self.pairs = self.new_pairs
+        self.new_pairs = {}
 
     def reload(self) -> Iterator[None]:
         """Load the file again, then free what is no longer needed.
@@ -1019,8 +1019,9 @@ class Connection:
     """What the server knows about one client."""
 
     __slots__ = (
-        "socket", "address", "queue", "waiting_since", "received", "has_skipped_line",
-        "judged_bytes", "needs_disk", "unsent", "must_close", "must_linger")
+        "socket", "address", "queue", "waiting_since", "thread_has_begun", "received",
+        "has_skipped_line", "judged_bytes", "needs_disk", "unsent", "must_close",
+        "must_linger")
 
     def __init__(self, client_socket: socket.socket, address: str,
                  queue: collections.OrderedDict) -> None:
@@ -1034,6 +1035,8 @@ class Connection:
         # math.inf while the server is not waiting for the client, and after the
         # connection has been evicted. Then it is not evicted to make room for another.
         self.waiting_since = math.inf
+        # Whether the thread that it was handed over to has begun to run.
+        self.thread_has_begun = False
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
         # Whether an empty line before that head was skipped.
@@ -1062,6 +1065,7 @@ class Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Do what may block, and leave everything else to the loop."""
         connection = self.request
+        connection.thread_has_begun = True
         self.send_unsent()  # answers to earlier requests
         if connection.needs_disk:
             connection.needs_disk = False
@@ -1170,6 +1174,8 @@ class Server(http.server.ThreadingHTTPServer):
         else:
             found = socket.getaddrinfo(
                 options.host.strip("[]"), options.port, type=socket.SOCK_STREAM)
+            # For a name that has several addresses, such as localhost, prefer IPv4.
+            found.sort(key=lambda info: info[0] != socket.AF_INET)
             self.address_family, _, _, _, address = found[0]
         super().__init__(address, Handler, bind_and_activate=False)
         if listener:
@@ -1400,7 +1406,8 @@ class Server(http.server.ThreadingHTTPServer):
         """
         if not connection:
             return False
-        if connection.queue is not self.handed_over:
+        # (A thread for which memory runs out may end before it has begun.)
+        if connection.queue is not self.handed_over or not connection.thread_has_begun:
             self.close(connection)
             return True
         connection.waiting_since = math.inf  # so that it is not evicted again
@@ -1677,6 +1684,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Leave a connection to a Handler, in a thread of its own."""
         self.unregister(connection)
         self.wait_for(self.handed_over, connection)
+        connection.thread_has_begun = False
         self.process_request(connection, connection.address)
 
     def process_request(self, request: Connection, client_address: str) -> None:
@@ -1751,7 +1759,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Signals:
-    """The signals received so far: their handlers only set a flag.
+    """The signals received so far, for the loop to act on.
 
     What a SIGHUP means depends on the terminal that the server was started from:
 
@@ -1885,7 +1893,8 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
         signals.catch_hangups()  # until now, SIGHUP would have ended the program
         load_with_progress(data, log)  # if this fails, it is not an OSError
         signal.signal(signal.SIGTERM, signals.on_stop)
-        signal.signal(signal.SIGINT, signals.on_stop)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's jobs
+            signal.signal(signal.SIGINT, signals.on_stop)
         server.server_activate()
     except (OSError, UnicodeError) as error:
         raise CannotServe(f"cannot listen on {escape(place)}: {listen_failure(error)}")
@@ -1909,7 +1918,6 @@ def handed_down_socket() -> Optional[socket.socket]:
     if count != "1":
         raise CannotServe(f"LISTEN_FDS is {escape(count)!r}, but must be 1: one socket")
     try:
-        os.set_inheritable(3, False)
         listener = socket.socket(fileno=3)
         is_listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
@@ -2122,7 +2130,7 @@ def error_in(answer: http.client.HTTPResponse, place: str, path: str) -> Excepti
     """Return a KeyError if an answer says that the key is not found; else a BadAnswer."""
     try:
         body = answer.read(PIECE_BYTES)
-    except (OSError, http.client.HTTPException):
+    except (OSError, http.client.HTTPException, ValueError):
         body = b""
     if answer.status == 404 and body == KEY_NOT_FOUND:
         return KeyError(path)

@@ -581,6 +581,16 @@ class SortedFiles(Test):
             self.assertLess(mean, mean_limit)
             self.assertLess(most, 9)
 
+    def test_there_are_not_too_many_marks(self):
+        lines = b"".join(key(n) + b" v\n" for n in range(5000))
+        with data_file(lines) as path, open(path, "rb") as file:
+            for marks, mark_bytes, count in ((10, 1, 10), (5000, 20000, 9)):
+                with unittest.mock.patch.multiple(kv, MARKS=marks, MARK_BYTES=mark_bytes):
+                    file.seek(0)
+                    pairs = kv.Sorted(file)
+                    collections.deque(kv.parse(file, path, pairs), 0)
+                self.assertTrue(count - 1 <= len(pairs.mark_numbers) - 2 <= count)
+
     def test_pages_hardly_longer_than_a_line(self):
         """So that every cut through a line occurs, with marks everywhere or nowhere."""
         chance, mark = random.Random(7), kv.MARK_BYTES
@@ -1048,6 +1058,28 @@ class Judge(WithExample):
                                rb"\d+ requests answered, \d+ connections open\n"
                                rb"[^\n]*/KEY[^\n]*\n\Z")
 
+    def test_what_the_status_page_counts(self):
+        def counts():
+            told = re.search(rb"since (.*)\n(\d+) requests answered, (\d+) connections",
+                             first.ask(b"")[2])
+            return told.group(1), int(told.group(2)), int(told.group(3))
+
+        server = self.serve()
+        first = server.connect()
+        since, answered, connections = counts()
+        self.assertEqual((answered, connections), (0, 1))
+        others = [server.connect() for _ in range(3)]
+        for other in others:
+            self.assertEqual(other.ask(KEY)[2], VALUE)
+            self.assertEqual(other.ask(ABSENT)[0], 404)
+        self.assertEqual(counts(), (since, 7, 4))
+        others[0].close()
+        until(lambda: counts()[2] == 3)
+        date = first.ask(KEY)[1]["date"]
+        until(lambda: first.ask(KEY)[1]["date"] != date)
+        server.reload()
+        self.assertNotEqual(counts()[0], since)
+
     def test_the_remembered_verdict(self):
         """It is one on the fields as they are, not on others, however many there are."""
         for field, status in (("X: a", 200), ("X: a", 200), ("x: A", 200), ("X : a", 400),
@@ -1283,6 +1315,18 @@ class Loop(WithExample):
             for client, _, value in random.sample(asked, len(asked)):
                 self.assertEqual(client.answer()[::2], (200, value))
 
+    LIMITS = {  # as the contract and README.md have them
+        "IDLE_SECONDS": 650, "HEAD_SECONDS": 10, "ANSWER_SECONDS": 10,
+        "ANSWER_BYTES_PER_SECOND": 10000, "STALL_SECONDS": 10, "MAX_CONNECTIONS": 10000,
+        "LINE_BYTES": 8000, "HEAD_BYTES": 16000, "TICK_SECONDS": 0.1,
+        "PATIENCE_SECONDS": 0.0001, "BAD_LINES_SHOWN": 10, "PROGRESS_SECONDS": 1,
+        "MARK_BYTES": 65536, "MARKS": 20000, "PAGE_BYTES": 4096, "DEFAULT_TIMEOUT": 10,
+        "KEYS_TOGETHER": 200, "HANGUP_SECONDS": 1}
+
+    def test_limits(self):
+        self.assertEqual({name: getattr(kv, name) for name in self.LIMITS}, self.LIMITS)
+        self.assertTrue(0 < kv.LINGER_SECONDS <= 3 and 0 < kv.DRAIN_SECONDS < 5)
+
     def test_options_of_sockets(self):
         """No answer waits for an acknowledgement; little waits in the system."""
         server = server_here(self)
@@ -1306,6 +1350,76 @@ class Loop(WithExample):
                 client.send(b"x")
                 server.receive(connection)
         self.assertLess(judged.call_count, 6)
+
+    def test_nor_are_all_of_its_lines_at_each_line(self):
+        server = server_here(self)
+        connection, _ = connection_here(self)
+        connection.received = GET_KEY[:-2]
+        before = time.process_time()
+        for _ in range(3900):
+            connection.received += b"a:\r\n"
+            self.assertEqual(server.answer_next(connection), 0)
+        self.assertLess(time.process_time() - before, 0.4)  # most take 0.05
+
+    def test_it_polls_before_it_sleeps(self):
+        """If it had something to do a moment ago, and has more than one processor."""
+        server = server_here(self)
+        server.data.pairs = {}
+        for was_busy, can_poll, is_reloading, polls, sleeps in (
+                (True, True, False, True, True), (True, False, False, False, True),
+                (False, True, False, False, True), (True, True, True, False, False)):
+            server.was_busy, server.can_poll = was_busy, can_poll
+            server.reload = is_reloading
+            with unittest.mock.patch.object(
+                    server.selector, "select", return_value=[]) as waiting:
+                self.assertEqual(server.wait(), [])
+            timeouts = [call[0][0] for call in waiting.call_args_list]
+            self.assertEqual((timeouts[0], timeouts.count(0) > 1), (0, polls))
+            self.assertEqual(timeouts[-1], kv.TICK_SECONDS if sleeps else 0)
+
+    def test_newcomers_get_a_share_of_each_round(self):
+        server = server_here(self)
+        server.server_activate()
+        clients = [Client(server.socket.getsockname()) for _ in range(9)]
+        for client in clients:
+            self.addCleanup(client.close)
+        found = [(unittest.mock.Mock(fileobj=server.socket, data=None), 1)]
+        connection, _ = connection_here(self)
+        connection.socket.setblocking(False)
+        others = [(unittest.mock.Mock(data=connection), 1)] * kv.EVENTS_PER_NEWCOMER
+        server.socket.setblocking(False)
+        for events, count in ((found, 1), (found + others * 2, 4)):
+            with unittest.mock.patch.object(server, "wait", return_value=events):
+                server.run_round()
+            self.assertEqual(server.connection_count(), count)
+        for connection in list(server.idle):
+            server.close(connection)
+
+    def test_what_a_thread_may_run_into(self):
+        """Many end at the same moment; and a connection that cannot be waited for."""
+        server = server_here(self)
+        server.wake_sender.setblocking(False)
+        server.log = unittest.mock.Mock()
+        connection, client = connection_here(self)
+        for _ in range(5000):  # more than the socket holds that wakes the loop
+            server.shutdown_request(connection)
+        self.assertEqual(len(server.returned), 5000)
+        with unittest.mock.patch.object(
+                server.selector, "register", side_effect=OSError("no")):
+            server.take_back(connection)
+        self.assertEqual(client.recv(1), b"")
+        self.assertEqual(server.log.call_count, 1)
+
+    def test_a_fault_in_keeping_what_has_come(self):
+        """After that, what follows would be read as the beginning of a request."""
+        server = server_here(self)
+        server.log = unittest.mock.Mock()
+        connection, client = connection_here(self)
+        connection.received = None
+        client.send(b"GET")
+        server.receive(connection)
+        self.assertEqual(client.recv(1), b"")
+        self.assertEqual(server.log.call_count, 1)
 
     def test_a_thread_sends_before_it_waits_for_the_disk(self):
         """It answers the request that has to wait, and leaves those behind to the loop.
@@ -1761,6 +1875,23 @@ class Limits(Test):
         self.assertFalse(server.returned)
         self.assertEqual(server.connection_count(), 0)
 
+    def test_a_thread_that_ends_before_it_begins(self):
+        """For lack of memory. Nobody has to wait for it."""
+        server = server_here(self)
+        connection, client = connection_here(self)
+        with unittest.mock.patch("_thread.start_new_thread"):
+            server.hand_over(connection)
+        self.assertTrue(server.evict(server.longest_waiting()))
+        self.assertEqual(client.recv(1), b"")
+        self.assertEqual(server.connection_count(), 0)
+
+    def test_faults_in_each_round_keep_no_processor_busy(self):
+        server = server_here(self)
+        server.log = unittest.mock.Mock()
+        with unittest.mock.patch("time.sleep") as sleep:
+            server.recover(ValueError())
+        sleep.assert_called_once_with(kv.TICK_SECONDS)
+
     def test_memory_that_runs_out_costs_a_connection(self):
         server = server_here(self)
         connection, client = connection_here(self)
@@ -1935,6 +2066,23 @@ class ReloadAndStop(Test):
         replace(server.path, self.content(b"new") + b"bad\n")
         server.reload()
         until(lambda: len(os.listdir(descriptors)) == before)
+
+    def test_a_reload_takes_half_of_the_time_under_load(self):
+        """After each step, requests get as long as it took, if there are any."""
+        server = server_here(self)
+        server.reload = (time.sleep(0.02) for _ in range(9))
+        server.now = time.monotonic()
+        server.step_reload()
+        self.assertGreaterEqual(server.next_step, server.now + 0.04)
+        for is_busy, now, steps in ((True, server.next_step - 0.01, 0),
+                                    (False, server.next_step - 0.01, 1)):
+            server.was_busy, server.now, before = is_busy, now, server.next_step
+            server.step_reload()
+            self.assertEqual(server.next_step > before, bool(steps))
+        server.was_busy, server.now = True, server.next_step
+        before = server.next_step
+        server.step_reload()
+        self.assertGreater(server.next_step, before)
 
     def test_a_reload_works_in_short_steps(self):
         """The old pairs are not freed at once, either."""
@@ -2122,6 +2270,16 @@ class ReloadAndStop(Test):
             (True, signal.SIGINT), (False, signal.SIGINT),
             (True, signal.SIGTERM, signal.SIGINT)))
 
+    def test_an_interrupt_that_is_ignored(self):
+        """As a script's shell has it ignored by jobs in the background."""
+        prefix = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+        server = self.serve(prefix=prefix)
+        server.send_signal(signal.SIGINT)
+        self.assertEqual(soon(server.connect()), OTHER_VALUE)
+        time.sleep(3 * kv.TICK_SECONDS)  # in which it would act on the signal
+        self.assertEqual(soon(server.connect()), OTHER_VALUE)
+        self.assertEqual(server.stop(), 0)
+
     def test_killed_and_started_again_on_the_same_port(self):
         server = self.serve()
         with self.assertRaises(GONE), clients_asking(("127.0.0.1", server.port)):
@@ -2163,7 +2321,7 @@ class ReloadAndStop(Test):
             until(lambda: server.ask(key(1))[2] == b"second")
 
     def test_its_port_is_taken_before_the_first_load(self):
-        """Also where an earlier server has left connections, but not where one listens."""
+        """Also where a server has left connections, but not where one listens."""
         with Serving() as earlier:
             client = earlier.connect()
             client.send(ask_for(KEY, "Connection: close"))
@@ -2265,6 +2423,18 @@ class SeveralKeys(WithExample):
         status, _, body = self.server.ask(b",".join(line[:36] for line in lines[:215]))
         self.assertEqual((status, body), (200, b"".join(lines[:215])))
         self.assertEqual(self.server.ask(b",".join(line[:36] for line in lines))[0], 414)
+
+    def test_two_lists_that_come_together(self):
+        """They have more parts than a system call takes."""
+        content = b"".join(key(n) + b" %d" % n * 9 + b"\n" for n in range(215))
+        server = self.serve(content)
+        client = server.connect()
+        request = ask_for(b",".join(map(key, range(215))))
+        client.send(request[:-1])
+        server.ask(key(1))  # when this is answered, the beginning has come
+        client.send(request[-1:] + request)
+        for _ in range(2):
+            self.assertEqual(client.answer()[2], content)
 
     def test_answers_of_middle_size_among_others(self):
         """A thread sends them, and answers what comes behind."""
@@ -2579,6 +2749,8 @@ class Get(Commands):
         ("nonsense $KEY", 2, V, NONSENSE), ("", 2, b"", "'': not a UUID"),
         ("-", 2, b"", "standard input: a line is too long for a key",
          {"stdin": "x" * 100000}),
+        ("-", 2, O, "standard input: a line is too long for a key",
+         {"stdin": "$OTHER\n" + "x" * 100000}),
         ("nonsense $ABSENT", 2, b"", NONSENSE + MISSING),
         ("$ABSENT nonsense", 2, b"", MISSING + NONSENSE),
         (VERSION_1, 2, b"", VERSION_1 + ": a UUID, but not of version 4"),
@@ -2662,6 +2834,8 @@ class Get(Commands):
         (TWO + b"Content-Encoding:\r\n\r\nab", CODING),
         (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", CODING),
         (b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\nx", "URL answered 500 X"),
+        (b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\n-e\r\nno\r\n0\r\n\r\n",
+         "URL answered 500 X"),
         (OK + b"X: y\r\n" * 200 + b"\r\n", "cannot ask URL: *"),
         (OK + b"X: " + b"y" * 70000 + b"\r\n\r\n", "cannot ask URL: *"))
 
@@ -2853,6 +3027,20 @@ class CommandLine(Commands):
                     % re.escape(name).encode()))
 
         self.side_by_side(is_shown, self.PROGRESS)
+
+    @ON_POSIX
+    def test_a_terminal_as_data_file(self):
+        master, slave = os.openpty()
+        self.addCleanup(os.close, master)
+        self.addCleanup(os.close, slave)
+        os.write(master, KEY + b" typed\n\x04")  # Ctrl-D
+        self.assertEqual(self.serve(os.ttyname(slave)).ask(KEY)[2], b"typed")
+
+    def test_a_name_that_has_addresses_of_both_families(self):
+        found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+                 (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+        with unittest.mock.patch("socket.getaddrinfo", return_value=found):
+            self.assertEqual(server_here(self).socket.family, socket.AF_INET)
 
     def test_hosts(self):
         def serves(host, shown, *names):
