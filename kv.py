@@ -371,9 +371,9 @@ def what_is_wrong(line: bytes, pairs: "Pairs") -> str:
 # therefore be estimated from the key itself, much as one opens a printed encyclopedia
 # near its end for "submarine".
 
-PREFIX_BYTES = KEY_BYTES + 2                              # a newline, a key and a space
 FIRST_KEY_RE = re.compile(rb"\n(" + KEY + rb") ")         # first key in a page
 LAST_KEY_RE = re.compile(rb"(?s).*\n(" + KEY + rb") ")    # last one, as .* is greedy
+PREFIX_BYTES = 1 + KEY_BYTES + 1      # what these match: a newline, a key and a space
 
 
 class FileChanged(Exception):
@@ -391,14 +391,10 @@ class Sorted:
     assignment, `len`). It keeps none of the pairs; it only notes a key and its offset in
     the file about every MARK_BYTES. To the server it has a `get` like that of a dict.
 
-    A lookup reads the file in pages. The page at an offset contains the keys of all lines
-    that begin in the PAGE_BYTES from that offset on. It is a little longer:
-
-        1 byte         before the offset: a newline, if a line begins at the offset
-        PAGE_BYTES
-        PREFIX_BYTES   the rest of a key that begins near the end of the PAGE_BYTES
-
-    In this class, "line" means a line with a pair: empty lines do not count.
+    A lookup reads pages of PAGE_BYTES, from any offset on. It finds those lines in a page
+    of which the newline before the line, the key and the space are in the page. So here,
+    a line has the offset of the newline before it; the first one has the offset -1.
+    Empty lines do not count as lines.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -414,7 +410,7 @@ class Sorted:
         # The marks: numbers of keys (their 128 bits), and the offsets of their lines. The
         # first and the last of them stand for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
-        self.mark_offsets = [0, self.size]
+        self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
         self.bytes_since_mark = 0
         # The flag that makes preadv read only what is in memory; 0 if there is none.
@@ -432,16 +428,16 @@ class Sorted:
         """Note the key of the line that the parser has just read."""
         self.last_key = key
         self.count += 1
-        line_bytes = KEY_BYTES + 1 + len(value) + 1  # with a space and a newline
+        line_bytes = PREFIX_BYTES + len(value)  # with the newline before it
         self.bytes_since_mark += line_bytes
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has read up to the end of the line. (If it is the last line and
-            # has no newline, the result is one byte too low. A mark may be before its
-            # line, but not after it.)
-            offset = max(0, self.file.tell() - line_bytes)
+            # The parser has just read the newline at the end of the line. (The last line
+            # may have none. Then this is one byte too low, which does no harm: a mark may
+            # be before its line, but not after it.)
+            line_end = self.file.tell() - 1
             self.mark_numbers.insert(-1, key_number(key))
-            self.mark_offsets.insert(-1, offset)
+            self.mark_offsets.insert(-1, max(-1, line_end - line_bytes))
 
     def get(self, key: bytes, wait: bool = False) -> "Optional[Value]":
         """Return the value of `key`, or None if there is no such key.
@@ -458,9 +454,10 @@ class Sorted:
         low_number = self.mark_numbers[mark - 1]
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
-        # If the key is in the file, its line begins at `low` or later, but before `high`.
-        # Each round raises `low` or lowers `high`, as it reads a page between them.
-        # The two numbers are those of keys near `low` and `high`, and serve only for
+        # If the key is in the file, its line is in the range low <= offset < high. Each
+        # round reads a page at `probe`, and takes one of two parts off the range: what is
+        # before the end of the last key in the page, or what is at `probe` and after it.
+        # The numbers are those of keys near the ends of the range, and serve only for
         # estimates: low_number <= number < high_number.
         probes = 0
         while low < high:
@@ -470,35 +467,33 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            # Read the page with the guess in its middle. If no line begins in it, as in a
-            # long value, the next page in which one does.
-            probe = max(low, guess - PAGE_BYTES // 2)
-            found = self.page_with_key(probe, high, wait)
-            if not found:  # no line begins between `probe` and `high`
+            probe = max(low, guess - PAGE_BYTES // 2)  # which is less than `high`
+            found = self.first_page_with_key(probe, high, wait)
+            if not found:
                 high = probe
                 continue
             offset, page, first_key = found
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_in(page, offset, line + PREFIX_BYTES, wait)
-            last_key = LAST_KEY_RE.match(page)[1]  # possibly the same as the first
-            if key < first_key:  # no line begins between `probe` and this page
+            last = LAST_KEY_RE.match(page)
+            if key < first_key:
                 high = probe
                 high_number = key_number(first_key)
-            elif key > last_key:
-                low = offset + PAGE_BYTES
-                low_number = key_number(last_key)
-            else:  # it would be in this page
+            elif key > last[1]:
+                low = offset + last.end()
+                low_number = key_number(last[1])
+            else:  # its line would be in this page
                 return None
         return None
 
-    def page_with_key(
+    def first_page_with_key(
             self, offset: int, high: int, wait: bool
     ) -> Optional[Tuple[int, bytes, bytes]]:
-        """Return the first page, at `offset` or later, in which a line begins.
+        """Return the page at `offset`, or the first one after it that has a key in it.
 
-        Returns its offset, the page, and the first key in it. Returns None if no line
-        begins from `offset` to `high`. Raises the same exceptions as `get`.
+        Returns its offset, the page, and the first key in it. Returns None if there is no
+        key between `offset` and `high`. Raises the same exceptions as `get`.
         """
         start = offset
         while offset < high:
@@ -508,27 +503,24 @@ class Sorted:
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
-            # The page is inside a long value, or has only empty lines. The next line
-            # follows a newline, which may be the last of the PAGE_BYTES.
-            offset = self.find_newline(offset + PAGE_BYTES - 1, wait) + 1
+            # The page is inside a long value, or it has only empty lines. If a line
+            # begins near its end, not all of the key is in the page.
+            offset = self.find_newline(offset + PAGE_BYTES - PREFIX_BYTES + 1, wait)
         return None
 
     def read_page(self, offset: int, wait: bool) -> bytes:
-        """Return the page at `offset`, as described in the docstring of the class.
-
-        Raises the same exceptions as `get`.
-        """
-        if offset == 0:  # act as if a newline preceded the file
-            return b"\n" + self.read(0, PAGE_BYTES + PREFIX_BYTES, wait)
-        return self.read(offset - 1, 1 + PAGE_BYTES + PREFIX_BYTES, wait)
+        """Return the page at `offset`. Raises the same exceptions as `get`."""
+        if offset == -1:  # the newline before the first line, which is not in the file
+            return b"\n" + self.read(0, PAGE_BYTES - 1, wait)
+        return self.read(offset, PAGE_BYTES, wait)
 
     def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
         """Return the value that begins at `index` of the page at `offset`.
 
-        A long value is returned to a thread as a StoredValue. Raises the same exceptions
-        as `get`.
+        With `wait`, a long value is a StoredValue, which is read only when it is sent.
+        Raises the same exceptions as `get`.
         """
-        start = offset - 1 + index
+        start = offset + index
         newline = page.find(b"\n", index)
         if newline >= 0:
             size = newline - index
@@ -705,8 +697,8 @@ class Data:
                 success += f" ({len(old_pairs)} before)"
             self.log(success)
             unneeded = old_pairs
-        # Freeing a dict with millions of pairs at once would hold up all clients. Nothing
-        # uses it any more: only the loop, which runs this, looks keys up in a dict.
+        # Freeing a dict with millions of pairs at once would hold up all clients. No
+        # thread uses it: they look keys up only in a Sorted.
         while isinstance(unneeded, dict) and unneeded:
             for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
@@ -766,7 +758,8 @@ CODING_RE = re.compile(                                       # RFC 9112 section
     TOKEN + rb"(?:[\t ]*;[\t ]*" + TOKEN + rb"[\t ]*=[\t ]*(?:" + TOKEN
     + rb'|"[^"\\]*"))*')
 BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")          # not a CR at the very end
-# What a request line may look like before it is complete, such as "GET /x HT"
+# What a request line may look like before it is complete, such as b"", b"GET /x HT" and
+# b"GET /x HTTP/1.1\r"
 LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
 OTHER_METHODS = (b"POST", b"PUT", b"DELETE", b"CONNECT", b"TRACE", b"PATCH")
 
@@ -788,10 +781,9 @@ OTHER_VERSION = refusal(
 def judge(head: bytes) -> Tuple[bytes, Verdict]:
     """Judge a complete head, given without the empty line at its end.
 
-    Returns the path in it, without its first slash, and the verdict. If that is 200, all
-    but the path is valid. The path may be malformed, and even contain line ends: nearly
-    all paths are keys in the data, so the caller looks them up first, and only if that
-    finds nothing, calls `judge_path`, which refuses malformed ones.
+    Returns the path in it, without its first slash, and the verdict. If the status of the
+    verdict is 200, all but the path is valid. Nearly all paths are keys in the data, so
+    the caller first looks the path up, and calls `judge_path` only if it is not a key.
     """
     judge_rest = judge_fields_cached
     if len(head) > VERDICT_BYTES:
@@ -799,16 +791,14 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
         too_long = judge_length(head + b"\r\n\r\n")
         if too_long:
             return b"", too_long
-    words = head.split(b" ", 2)
-    if len(words) < 3:
+    line, _, fields = head.partition(b"\r\n")
+    words = line.split(b" ")
+    if len(words) != 3:
         return b"", MALFORMED_LINE
-    # If the request line has fewer than two spaces, the method or the target has a line
-    # end in it now. Such a method is unknown, and such a target is not a valid path.
-    method, target, version_and_fields = words
-    verdict = judge_rest(method, version_and_fields)
+    method, target, version = words
+    verdict = judge_rest(method, version, fields)
     if verdict[0] == 200 and target.startswith(b"/"):  # nearly always
         return target[1:], verdict
-    line = head.partition(b"\r\n")[0]
     path, line_refused = judge_line(line)
     return path, line_refused or verdict
 
@@ -821,8 +811,9 @@ def judge_length(head: bytes) -> Optional[Verdict]:
         # how much of it has arrived.
         if not LINE_BEGINNING_RE.fullmatch(line[:LINE_BYTES]):
             return MALFORMED_LINE
+        # RFC 9112 section 3: 501 if the method is too long, 414 if the target is.
         method = line.partition(b" ")[0]
-        if len(method) > METHOD_BYTES:  # RFC 9112 section 3 distinguishes these two
+        if len(method) > METHOD_BYTES:
             return refusal(501, "unknown method (RFC 9110 section 9.1)")
         return refusal(414, f"request line longer than {LINE_BYTES} bytes")
     if len(head) > HEAD_BYTES:
@@ -858,17 +849,19 @@ def judge_line(line: bytes) -> Tuple[bytes, Optional[Verdict]]:
     return b"", WRONG_FORM
 
 
-def judge_fields(method: bytes, version_and_fields: bytes) -> Verdict:
+def judge_fields(method: bytes, version: bytes, fields: bytes) -> Verdict:
     """Judge all of a head except its target.
 
-    If the method or the version is invalid, the verdict is not 200. `judge` then has the
-    line judged by `judge_line`, whose refusal takes precedence.
+    If the method or the version is invalid, the verdict is some refusal. Then `judge`
+    calls `judge_line`, whose refusal takes precedence.
     """
-    version, *fields = version_and_fields.split(b"\r\n")
     if not VERSION_1_RE.fullmatch(version):
-        return MALFORMED_LINE  # or another version, to which judge_line gives a 505
+        return OTHER_VERSION
+    lines = []
+    if fields:
+        lines = fields.split(b"\r\n")
     values = collections.defaultdict(list)  # the values of each field name
-    for line in fields:
+    for line in lines:
         if b"\r" in line or b"\n" in line:
             return BARE_LINE_END
         field = FIELD_RE.fullmatch(line)
@@ -960,8 +953,8 @@ def judge_beginning(beginning: bytes, judged_bytes: int = 0) -> Optional[Verdict
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    # Search from the last byte that was judged, which may be a CR. (The lookbehind in the
-    # regular expression also sees the bytes before that.)
+    # Search from the last byte that was judged, which may be a CR. (A lookbehind sees the
+    # bytes before that, too.)
     if BARE_LINE_END_RE.search(beginning, max(0, judged_bytes - 1)):
         return BARE_LINE_END
     return None
@@ -1009,7 +1002,7 @@ def pair_lines(keys: List[bytes], get: Callable) -> Body:
             parts += [key + b" ", value, b"\n"]
     if sum(map(len, parts)) > JOINED_BYTES:
         return parts
-    return b"".join(parts)
+    return b"".join(parts)  # none is a StoredValue, as these are longer
 
 
 # ---------------------------------------------------------------------------
@@ -1019,9 +1012,8 @@ class Connection:
     """What the server knows about one client."""
 
     __slots__ = (
-        "socket", "address", "queue", "waiting_since", "thread_has_begun", "received",
-        "has_skipped_line", "judged_bytes", "needs_disk", "unsent", "must_close",
-        "must_linger")
+        "socket", "address", "queue", "waiting_since", "received", "has_skipped_line",
+        "judged_bytes", "needs_disk", "unsent", "must_close", "must_linger")
 
     def __init__(self, client_socket: socket.socket, address: str,
                  queue: collections.OrderedDict) -> None:
@@ -1032,11 +1024,9 @@ class Connection:
         queue[self] = None
         # The time.monotonic() at which the server began to wait for the client: for a
         # request, for the rest of one, or for the client to take more of an answer. It is
-        # math.inf while the server is not waiting for the client, and after the
-        # connection has been evicted. Then it is not evicted to make room for another.
+        # math.inf, which protects the connection from being evicted, while the server
+        # itself is at work.
         self.waiting_since = math.inf
-        # Whether the thread that it was handed over to has begun to run.
-        self.thread_has_begun = False
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
         # Whether an empty line before that head was skipped.
@@ -1057,19 +1047,20 @@ class Handler(socketserver.BaseRequestHandler):
     """Waits for one client, or for the disk: plain blocking code, in a thread.
 
     What socketserver calls a request is a Connection here. A new thread runs
-    ThreadingMixIn.process_request_thread. That makes a Handler, which calls `handle`. It
-    then calls Server.handle_error if there was an exception, and in any case
-    Server.shutdown_request, which gives the connection back to the loop.
+    ThreadingMixIn.process_request_thread, which calls
+
+        handle                     by making a Handler
+        Server.handle_error        if there was an exception
+        Server.shutdown_request    always: gives the connection back to the loop
     """
 
     def handle(self) -> None:
         """Do what may block, and leave everything else to the loop."""
         connection = self.request
-        connection.thread_has_begun = True
         self.send_unsent()  # answers to earlier requests
         if connection.needs_disk:
             connection.needs_disk = False
-            connection.waiting_since = math.inf  # even if nothing was unsent
+            connection.waiting_since = math.inf
             self.server.answer_next(connection, wait=True)
             self.send_unsent()
 
@@ -1178,8 +1169,8 @@ class Server(http.server.ThreadingHTTPServer):
             found.sort(key=lambda info: info[0] != socket.AF_INET)
             self.address_family, _, _, _, address = found[0]
         super().__init__(address, Handler, bind_and_activate=False)
-        if listener:
-            self.socket.close()  # the one that TCPServer.__init__ has made
+        if listener:  # it replaces the one that TCPServer made
+            self.socket.close()
             self.socket = listener
         if isinstance(address, tuple):  # the address of a Unix socket is a path
             self.set_tcp_options()
@@ -1194,8 +1185,8 @@ class Server(http.server.ThreadingHTTPServer):
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # When a client is slow, more can be sent only once the system's queue of unsent
-        # data is shorter than this. By default, that is when much of a long queue has
-        # been taken, so a slow client would seem to take nothing for many seconds.
+        # data is shorter than this. By default, the queue is so long that a slow client
+        # would seem to take nothing for many seconds.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -1294,7 +1285,7 @@ class Server(http.server.ThreadingHTTPServer):
             idle_seconds = DRAIN_IDLE_SECONDS
             linger_seconds = DRAIN_IDLE_SECONDS
         for connection in self.overdue(self.idle, idle_seconds):
-            if not has_sent_more(connection):  # since this round began
+            if not has_sent_more(connection):  # in this moment
                 self.close(connection)
         for connection in self.overdue(self.lingering, linger_seconds):
             self.close(connection)
@@ -1406,13 +1397,13 @@ class Server(http.server.ThreadingHTTPServer):
         """
         if not connection:
             return False
-        # (A thread for which memory runs out may end before it has begun.)
-        if connection.queue is not self.handed_over or not connection.thread_has_begun:
+        if connection.queue is not self.handed_over:
             self.close(connection)
             return True
-        connection.waiting_since = math.inf  # so that it is not evicted again
+        del self.handed_over[connection]
+        connection.must_close = True  # when its thread returns it
         try:
-            connection.socket.shutdown(socket.SHUT_RDWR)  # now its thread gets an error
+            connection.socket.shutdown(socket.SHUT_RDWR)  # now the thread gets an error
         except OSError:
             pass  # the client has disconnected
         return False
@@ -1464,7 +1455,7 @@ class Server(http.server.ThreadingHTTPServer):
             data = b""
         if not data:
             self.close(connection)
-        elif not connection.must_close:  # otherwise, it lingers, and `data` is discarded
+        elif connection.queue is not self.lingering:  # otherwise, `data` is discarded
             self.go_on(connection, data)
 
     def go_on(self, connection: Connection, data: bytes = b"") -> None:
@@ -1585,8 +1576,8 @@ class Server(http.server.ThreadingHTTPServer):
         judged_bytes = connection.judged_bytes
         connection.judged_bytes = len(connection.received)
         if judged_bytes > 0:
-            # Judging it again after each byte would take quadratic time. This is done
-            # only if a new line end makes more of it complete, or it exceeds a limit.
+            # Judging it again after each byte would take quadratic time. That is done
+            # only when a new line end makes more of it complete, or it exceeds a limit.
             recent = connection.received[judged_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
             exceeds_limit = any(
@@ -1621,26 +1612,34 @@ class Server(http.server.ThreadingHTTPServer):
             answer = answer_head(status, connection.must_close, self.date)
             if status != 204:
                 answer %= size
-            # Connections linger, as the client may still be sending.
-            connection.must_linger = connection.must_close
-            client_closes = status in (200, 404) and not self.is_stopping
-            if client_closes and not connection.received and size <= PIECE_BYTES:
-                # The client has asked for this, with a GET or HEAD without a body. So it
-                # should not send more, and lingering would only take time. If it does
-                # send more, it has probably received an answer as short as this.
-                connection.must_linger = False
+            connection.must_linger = self.must_linger(connection, status, size)
         if head.startswith(b"HEAD "):
             body = b""
             size = 0
         if self.log.is_verbose:
             self.log_request(connection.address, head, status, size)
-        if size <= JOINED_BYTES:  # then it is bytes: lists and StoredValues are longer
+        if size <= JOINED_BYTES:  # it is bytes, as lists and StoredValues are longer
             connection.unsent.append(answer + body)
         elif isinstance(body, list):
             connection.unsent += [answer, *body]
         else:
             connection.unsent += [answer, body]
         return len(answer) + size
+
+    def must_linger(self, connection: Connection, status: int, size: int) -> bool:
+        """Return whether to linger after an answer that has a body of `size` bytes.
+
+        That is necessary where the client may still be sending; else it only takes time.
+        """
+        if not connection.must_close:
+            return False
+        if status not in (200, 404):  # the request may have a body, or be incomplete
+            return True
+        if connection.received or self.is_stopping:
+            return True
+        # The client has asked to close the connection with this answer, so it should not
+        # send more. If it does, a short answer has usually arrived by then.
+        return size > PIECE_BYTES
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
@@ -1684,7 +1683,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Leave a connection to a Handler, in a thread of its own."""
         self.unregister(connection)
         self.wait_for(self.handed_over, connection)
-        connection.thread_has_begun = False
         self.process_request(connection, connection.address)
 
     def process_request(self, request: Connection, client_address: str) -> None:
@@ -1761,19 +1759,19 @@ class Server(http.server.ThreadingHTTPServer):
 class Signals:
     """The signals received so far, for the loop to act on.
 
-    What a SIGHUP means depends on the terminal that the server was started from:
+    A SIGHUP asks for a stop, as it ends any other program, if it comes because the
+    terminal was closed that the server was started from. It asks for a reload if
 
-        none, or with nohup       reload
-        it is still open          reload
-        it was closed just now    stop, as any other program would
-        it was closed long ago    reload: the shell has left the server running
+        the server has no terminal, or was started by nohup
+        the terminal is still open
+        it was closed long ago, and the shell has left the server running
     """
 
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
-        self.stops_with_terminal = False   # false in the first and the last of the cases
-        self.terminal_seen = 0.0         # time.monotonic() when there last was a terminal
+        self.stops_with_terminal = False   # whether a SIGHUP may come from the terminal
+        self.terminal_seen = 0.0         # time.monotonic() when it was last seen open
 
     def catch_hangups(self) -> None:
         """Catch SIGHUP from now on."""
@@ -1795,7 +1793,7 @@ class Signals:
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
         if self.stops_with_terminal and not has_terminal():
-            # The handler of SIGTERM is the right one at any time, even in the first load.
+            # SIGTERM stops the server at any time, even during the first load.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
@@ -1873,7 +1871,7 @@ def end_load(*_) -> None:
 
 
 def block_sigterm() -> None:
-    """Block SIGTERM, so that another one has no effect, even while Python shuts down."""
+    """Block SIGTERM, so that another one does not disturb the end of the program."""
     if hasattr(signal, "pthread_sigmask"):  # Windows lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
@@ -1891,9 +1889,10 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
         # Take the port before loading the data, so that a busy one is reported at once.
         server = Server(options, data, log, signals, listener)
         signals.catch_hangups()  # until now, SIGHUP would have ended the program
-        load_with_progress(data, log)  # if this fails, it is not an OSError
+        load_with_progress(data, log)  # raises CannotServe itself, if at all
         signal.signal(signal.SIGTERM, signals.on_stop)
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's jobs
+        # Shells start background jobs of scripts with SIGINT ignored: leave it so.
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signals.on_stop)
         server.server_activate()
     except (OSError, UnicodeError) as error:
@@ -2081,7 +2080,7 @@ def ask_together(
         # Older versions of kv refuse lists, as do proxies that choose one of several
         # servers by the key.
         return None
-    # The answer should be a data file, and have no other keys.
+    # The answer should look like a data file, and have no keys but these.
     values = {}
     *lines, rest = body.split(b"\n")
     for line in lines:
@@ -2254,7 +2253,7 @@ def ask_failure(error: Exception, timeout: float, proxy: Optional[str]) -> str:
                 "or name another with --url")
     if isinstance(reason, socket.timeout):
         return f"no answer within {timeout:g} s"
-    if isinstance(reason, http.client.IncompleteRead):
+    if isinstance(reason, http.client.IncompleteRead):  # of which `expected` is the rest
         return f"the answer ended {reason.expected} bytes early"
     if isinstance(reason, MemoryError):
         return "the value does not fit in memory"
@@ -2324,7 +2323,7 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     while True:
         try:
             data = os.read(0, INPUT_BYTES)
-        except OSError as error:  # to run_get, an OSError is one of standard output
+        except OSError as error:  # which run_get would attribute to standard output
             raise ValueError(f"standard input: {error.strerror}")
         if not data:  # the end, which also ends the last line
             rest += b"\n"
