@@ -117,8 +117,8 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # a SIGHUP within this time after its terminal was closed
-                              # stops the server; see Signals
+HANGUP_SECONDS = 1.0          # after the server's terminal is closed, a SIGHUP within
+                              # this time stops the server; see Signals
 WINDOWS_SOCKETS = 512         # sockets that select can handle on Windows
 
 # The loop
@@ -176,9 +176,9 @@ class Log:
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
-        # Where possible, as on Linux, reopen a pipe or terminal to get a descriptor in
-        # nonblocking mode. Descriptor 2 itself must stay in blocking mode, because other
-        # programs, such as the shell, share it.
+        # Where possible, as on Linux, reopen a pipe or terminal to get a descriptor that
+        # has a mode of its own, nonblocking. Descriptor 2 itself must stay in blocking
+        # mode, because other programs, such as the shell, share it.
         is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
         if os.name == "posix" and (is_pipe or self.is_terminal):
             try:
@@ -197,7 +197,7 @@ class Log:
         if not self.is_open:
             return
         try:
-            if os.name == "posix":
+            if os.name == "posix":  # the descriptor may still be in blocking mode
                 _, writable, _ = select.select([], [self.descriptor], [], 0)
                 if not writable:
                     return
@@ -391,10 +391,10 @@ class Sorted:
     assignment, `len`). It keeps none of the pairs; it only notes a key and its offset in
     the file about every MARK_BYTES. To the server it has a `get` like that of a dict.
 
-    A lookup reads pages of PAGE_BYTES, from any offset on. It finds those lines in a page
-    of which the newline before the line, the key and the space are in the page. So here,
-    a line has the offset of the newline before it; the first one has the offset -1.
-    Empty lines do not count as lines.
+    A lookup reads pages of PAGE_BYTES, from any offset on. What it finds in a page is a
+    newline, a key and a space: the PREFIX_BYTES of a line. So in this class, a line
+    begins with the newline before it, and the first line begins at offset -1. A line is
+    in a page if its prefix is. Empty lines do not count.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -428,13 +428,12 @@ class Sorted:
         """Note the key of the line that the parser has just read."""
         self.last_key = key
         self.count += 1
-        line_bytes = PREFIX_BYTES + len(value)  # with the newline before it
+        line_bytes = PREFIX_BYTES + len(value)
         self.bytes_since_mark += line_bytes
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has just read the newline at the end of the line. (The last line
-            # may have none. Then this is one byte too low, which does no harm: a mark may
-            # be before its line, but not after it.)
+            # The parser has just read the newline that follows the line. (The last line
+            # may have none. Then its mark is one byte too low, which does no harm.)
             line_end = self.file.tell() - 1
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, max(-1, line_end - line_bytes))
@@ -454,11 +453,10 @@ class Sorted:
         low_number = self.mark_numbers[mark - 1]
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
-        # If the key is in the file, its line is in the range low <= offset < high. Each
-        # round reads a page at `probe`, and takes one of two parts off the range: what is
-        # before the end of the last key in the page, or what is at `probe` and after it.
-        # The numbers are those of keys near the ends of the range, and serve only for
-        # estimates: low_number <= number < high_number.
+        # If the key is in the file, its line begins in the range from `low` to `high`.
+        # Each round reads a page at `probe`, in the range, and moves one end of the range
+        # to it or beyond it. The numbers are those of keys near the ends, and serve only
+        # for estimates: low_number <= number < high_number.
         probes = 0
         while low < high:
             probes += 1
@@ -467,16 +465,16 @@ class Sorted:
             else:
                 share = (number - low_number) / (high_number - low_number)
                 guess = low + int(share * (high - low))
-            probe = max(low, guess - PAGE_BYTES // 2)  # which is less than `high`
-            found = self.first_page_with_key(probe, high, wait)
-            if not found:
+            probe = max(low, guess - PAGE_BYTES // 2)
+            found = self.first_page_with_line(probe, high, wait)
+            if not found:  # no line begins between `probe` and `high`
                 high = probe
                 continue
-            offset, page, first_key = found
+            offset, page, first_key = found  # no line begins between `probe` and `offset`
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_in(page, offset, line + PREFIX_BYTES, wait)
-            last = LAST_KEY_RE.match(page)
+            last = LAST_KEY_RE.match(page)  # this may be the first one again
             if key < first_key:
                 high = probe
                 high_number = key_number(first_key)
@@ -487,13 +485,13 @@ class Sorted:
                 return None
         return None
 
-    def first_page_with_key(
+    def first_page_with_line(
             self, offset: int, high: int, wait: bool
     ) -> Optional[Tuple[int, bytes, bytes]]:
-        """Return the page at `offset`, or the first one after it that has a key in it.
+        """Return the page at `offset`, or the next one that has a line in it.
 
-        Returns its offset, the page, and the first key in it. Returns None if there is no
-        key between `offset` and `high`. Raises the same exceptions as `get`.
+        Returns its offset, the page, and the first key in it. Returns None if no line
+        begins between `offset` and `high`. Raises the same exceptions as `get`.
         """
         start = offset
         while offset < high:
@@ -503,14 +501,15 @@ class Sorted:
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
-            # The page is inside a long value, or it has only empty lines. If a line
-            # begins near its end, not all of the key is in the page.
-            offset = self.find_newline(offset + PAGE_BYTES - PREFIX_BYTES + 1, wait)
+            # The page is inside a long value, or it has only empty lines. A line that
+            # begins after the following offset would not have its whole prefix in it.
+            last_offset = offset + PAGE_BYTES - PREFIX_BYTES
+            offset = self.find_newline(last_offset + 1, wait)
         return None
 
     def read_page(self, offset: int, wait: bool) -> bytes:
         """Return the page at `offset`. Raises the same exceptions as `get`."""
-        if offset == -1:  # the newline before the first line, which is not in the file
+        if offset == -1:  # the file does not have the newline before the first line
             return b"\n" + self.read(0, PAGE_BYTES - 1, wait)
         return self.read(offset, PAGE_BYTES, wait)
 
@@ -664,7 +663,7 @@ class Data:
             self.new_file = file
             if self.options.sorted:
                 self.new_pairs = Sorted(file)
-            if self.options.check:
+            if self.options.check:  # always, without --sorted
                 warnings = yield from parse(file, self.name, self.new_pairs)
                 summary = f"{len(self.new_pairs)} pairs"
         seconds = time.monotonic() - self.load_start
@@ -688,7 +687,7 @@ class Data:
                 raise ValueError(f"{self.name}: not a file that can be read again")
             yield from self.load()
         except Exception as error:
-            failure = error.with_traceback(None)  # which refers to the new pairs
+            failure = error.with_traceback(None)  # frames in it hold the new pairs
             unneeded = self.new_pairs
             self.new_pairs = {}
         else:
@@ -745,19 +744,22 @@ VERSION_RE = re.compile(rb"HTTP/[0-9]\.[0-9]")                # RFC 9112 section
 VERSION_1_RE = re.compile(rb"HTTP/1\.[0-9]")
 FIELD_RE = re.compile(                                        # RFC 9112 section 5
     rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
-TARGET_RE = re.compile(                                       # RFC 3986 appendix A, but
-    rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]"                 # browsers do not escape
-    rb"|%[0-9A-Fa-f]{2})+")                                   # [ and ] in queries
-HOST = (                                                      # RFC 3986 section 3.2.2
-    rb"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]"                # an IPv6 address, roughly,
-    rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"      # or a name (without commas,
-    rb"(?::[0-9]{0,5})?")                                     # as in a list), and a port
-HOST_RE = re.compile(HOST)
-ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.*)?")
 CODING_RE = re.compile(                                       # RFC 9112 section 7
     TOKEN + rb"(?:[\t ]*;[\t ]*" + TOKEN + rb"[\t ]*=[\t ]*(?:" + TOKEN
     + rb'|"[^"\\]*"))*')
-BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")          # not a CR at the very end
+# RFC 3986 appendix A, but with [ and ] anywhere, as browsers do not escape these
+TARGET_RE = re.compile(
+    rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]|%[0-9A-Fa-f]{2})+")
+# RFC 3986 section 3.2.2: an IPv6 address, of which only the characters are checked, or a
+# name; then perhaps a port. A name must not have a comma, as in a list of two hosts.
+HOST = (
+    rb"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]"
+    rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"
+    rb"(?::[0-9]{0,5})?")
+HOST_RE = re.compile(HOST)
+ABSOLUTE_TARGET_RE = re.compile(rb"(?i:http)://" + HOST + rb"(?:/([^?]*))?(?:\?.*)?")
+# A CR at the very end does not match, as its LF may still come.
+BARE_LINE_END_RE = re.compile(rb"\r[^\n]|(?<!\r)\n")
 # What a request line may look like before it is complete, such as b"", b"GET /x HT" and
 # b"GET /x HTTP/1.1\r"
 LINE_BEGINNING_RE = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*){0,2})?\r?")
@@ -800,7 +802,7 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     if verdict[0] == 200 and target.startswith(b"/"):  # nearly always
         return target[1:], verdict
     path, line_refused = judge_line(line)
-    return path, line_refused or verdict
+    return path, line_refused or verdict  # the line comes before the fields
 
 
 def judge_length(head: bytes) -> Optional[Verdict]:
@@ -852,8 +854,8 @@ def judge_line(line: bytes) -> Tuple[bytes, Optional[Verdict]]:
 def judge_fields(method: bytes, version: bytes, fields: bytes) -> Verdict:
     """Judge all of a head except its target.
 
-    If the method or the version is invalid, the verdict is some refusal. Then `judge`
-    calls `judge_line`, whose refusal takes precedence.
+    If the method or the version is invalid, the verdict is not 200. Then `judge` calls
+    `judge_line`, whose refusal takes precedence.
     """
     if not VERSION_1_RE.fullmatch(version):
         return OTHER_VERSION
@@ -884,7 +886,7 @@ def judge_fields(method: bytes, version: bytes, fields: bytes) -> Verdict:
     if lengths and codings:
         return refusal(
             400, "both Content-Length and Transfer-Encoding (RFC 9112 section 6.2)")
-    if len(lengths) > 1 or lengths and not lengths[0].isdigit():
+    if len(lengths) > 1 or (lengths and not lengths[0].isdigit()):
         return refusal(400, "malformed Content-Length (RFC 9112 section 6.2)")
     if codings:
         names = list_elements(codings)
@@ -953,8 +955,8 @@ def judge_beginning(beginning: bytes, judged_bytes: int = 0) -> Optional[Verdict
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    # Search from the last byte that was judged, which may be a CR. (A lookbehind sees the
-    # bytes before that, too.)
+    # Search from the last byte that was judged, which may be a CR. (The lookbehind in the
+    # regular expression also sees the byte before that.)
     if BARE_LINE_END_RE.search(beginning, max(0, judged_bytes - 1)):
         return BARE_LINE_END
     return None
@@ -969,7 +971,7 @@ INTERNAL_ERROR = b"internal error; see the server's log\n"
 
 @functools.lru_cache(maxsize=100)
 def answer_head(status: int, close: bool, date: str) -> bytes:
-    """Return the head of an answer, with %d in place of the length of its body, if any.
+    """Return the head of an answer, with %d in place of the length if it has a body.
 
     The result is cached, as it changes only once a second.
     """
@@ -1136,7 +1138,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.data = data
         self.log = log
         self.signals = signals
-        self.idle = collections.OrderedDict()    # as a set of Connections, in order
+        self.idle = collections.OrderedDict()    # used as an ordered set of Connections
         self.beginnings = collections.OrderedDict()
         self.lingering = collections.OrderedDict()
         self.handed_over = collections.OrderedDict()
@@ -1213,11 +1215,12 @@ class Server(http.server.ThreadingHTTPServer):
                 self.recover(error)
 
     def recover(self, error: Exception) -> None:
-        """Log an exception that was not handled; if memory has run out, free some."""
+        """Log an exception that was not handled. If memory has run out, free some."""
         try:
+            has_freed = False
             if isinstance(error, MemoryError):
-                self.evict(self.longest_waiting())
-            else:
+                has_freed = self.evict(self.longest_waiting())
+            if not has_freed:
                 time.sleep(TICK_SECONDS)  # in case the fault occurs in each round
             self.log(f"fault in the loop: {error!r}")
         except MemoryError:
@@ -1285,7 +1288,7 @@ class Server(http.server.ThreadingHTTPServer):
             idle_seconds = DRAIN_IDLE_SECONDS
             linger_seconds = DRAIN_IDLE_SECONDS
         for connection in self.overdue(self.idle, idle_seconds):
-            if not has_sent_more(connection):  # in this moment
+            if not has_sent_more(connection):  # a request may just have arrived
                 self.close(connection)
         for connection in self.overdue(self.lingering, linger_seconds):
             self.close(connection)
@@ -1401,11 +1404,11 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
             return True
         del self.handed_over[connection]
-        connection.must_close = True  # when its thread returns it
         try:
-            connection.socket.shutdown(socket.SHUT_RDWR)  # now the thread gets an error
+            connection.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the client has disconnected
+        # Now its thread cannot send, and returns it, and take_back closes it.
         return False
 
     def wait_for(self, queue: collections.OrderedDict, connection: Connection) -> None:
@@ -1483,9 +1486,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self.close(connection)
             elif not connection.received:
                 self.wait_for(self.idle, connection)
-            elif size > 0 or connection.queue is not self.beginnings:
+            elif size == 0 and connection.queue is self.beginnings:
+                pass  # this is more of the same request, so its deadline stays
+            else:  # a request has begun
                 self.wait_for(self.beginnings, connection)
-            # Otherwise, this is more of the same request, so its deadline stays.
         except Exception:
             self.close(connection)
             self.handle_error(connection, connection.address)
@@ -1547,7 +1551,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if isinstance(self.data.pairs, Sorted) and not wait:
                     raise BlockingIOError("many lookups are left to a thread")
                 return 200, pair_lines(keys, get), must_close
-            value = get(keys[0])  # it may differ from the path in case, for example
+            if keys[0] != path:  # the path may have upper-case letters, for example
+                value = get(keys[0])
             if value is None:
                 return 404, KEY_NOT_FOUND, must_close
             return 200, value, must_close
@@ -1576,8 +1581,8 @@ class Server(http.server.ThreadingHTTPServer):
         judged_bytes = connection.judged_bytes
         connection.judged_bytes = len(connection.received)
         if judged_bytes > 0:
-            # Judging it again after each byte would take quadratic time. That is done
-            # only when a new line end makes more of it complete, or it exceeds a limit.
+            # To judge it again after each byte would take quadratic time. It is judged
+            # again only if a line end has arrived, or it has just exceeded a limit.
             recent = connection.received[judged_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
             exceeds_limit = any(
@@ -1637,15 +1642,15 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         if connection.received or self.is_stopping:
             return True
-        # The client has asked to close the connection with this answer, so it should not
-        # send more. If it does, a short answer has usually arrived by then.
+        # The client has asked to close the connection, so it should not send more. If it
+        # does, a short answer has probably arrived before that.
         return size > PIECE_BYTES
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
         line = head.partition(b"\r\n")[0]
         line = line[:LOG_LINE_BYTES // 8]  # escaped, a byte may become four characters
-        line = repr(line)[2:-1].replace('"', '\\"')  # without the b''
+        line = repr(line)[2:-1].replace('"', '\\"')  # without the b and its quotes
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
 
@@ -1669,7 +1674,7 @@ class Server(http.server.ThreadingHTTPServer):
             unsent.clear()
             connection.must_close = True
             return True
-        while sent >= len(unsent[0]):
+        while sent >= len(unsent[0]):  # or it is empty
             sent -= len(unsent[0])
             del unsent[0]
             if not unsent:
@@ -1728,7 +1733,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
-        if connection.unsent or connection.needs_disk:  # the thread could not finish
+        has_failed = connection.unsent or connection.needs_disk
+        if has_failed or connection not in self.handed_over:  # it was evicted
             self.close(connection)
         elif self.register(connection):
             self.go_on(connection)
@@ -1759,12 +1765,12 @@ class Server(http.server.ThreadingHTTPServer):
 class Signals:
     """The signals received so far, for the loop to act on.
 
-    A SIGHUP asks for a stop, as it ends any other program, if it comes because the
-    terminal was closed that the server was started from. It asks for a reload if
+    A SIGHUP asks for a reload, unless it comes because the terminal of the server has
+    been closed. Then it asks for a stop, as it ends any other program. That is assumed if
 
-        the server has no terminal, or was started by nohup
-        the terminal is still open
-        it was closed long ago, and the shell has left the server running
+        the server has been started from a terminal, without nohup, and
+        this terminal was open until less than HANGUP_SECONDS ago, and
+        it is not open now
     """
 
     def __init__(self) -> None:
@@ -1782,7 +1788,10 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Notice when the terminal has been closed for HANGUP_SECONDS: long ago."""
+        """Note whether the terminal is still open, and forget it when it has closed.
+
+        If the shell has left the server running then, any later SIGHUP is a reload.
+        """
         if not self.stops_with_terminal:
             return
         if has_terminal():
@@ -1793,7 +1802,7 @@ class Signals:
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
         if self.stops_with_terminal and not has_terminal():
-            # SIGTERM stops the server at any time, even during the first load.
+            # During the first load, only SIGTERM can stop the server.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
@@ -1806,9 +1815,9 @@ class Signals:
 
 
 def has_sent_more(connection: Connection) -> bool:
-    """Return whether a client has sent another request, or data not yet received.
+    """Return whether another request was received, or data is waiting to be received.
 
-    The beginning of a request that has been received does not count.
+    The beginning of a request that was received does not count.
     """
     if b"\r\n\r\n" in connection.received:
         return True
@@ -1889,9 +1898,9 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
         # Take the port before loading the data, so that a busy one is reported at once.
         server = Server(options, data, log, signals, listener)
         signals.catch_hangups()  # until now, SIGHUP would have ended the program
-        load_with_progress(data, log)  # raises CannotServe itself, if at all
+        load_with_progress(data, log)  # this turns an OSError into a CannotServe
         signal.signal(signal.SIGTERM, signals.on_stop)
-        # Shells start background jobs of scripts with SIGINT ignored: leave it so.
+        # Shells start background jobs of scripts with SIGINT ignored. Keep it ignored.
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signals.on_stop)
         server.server_activate()
@@ -2016,7 +2025,10 @@ class BadAnswer(AskError):
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Returns answers of any status: it raises no errors and follows no redirects."""
+    """Returns answers of any status.
+
+    The method that it overrides would call what follows redirects and raises errors.
+    """
 
     def http_response(self, request, response):
         return response
@@ -2253,8 +2265,9 @@ def ask_failure(error: Exception, timeout: float, proxy: Optional[str]) -> str:
                 "or name another with --url")
     if isinstance(reason, socket.timeout):
         return f"no answer within {timeout:g} s"
-    if isinstance(reason, http.client.IncompleteRead):  # of which `expected` is the rest
-        return f"the answer ended {reason.expected} bytes early"
+    if isinstance(reason, http.client.IncompleteRead):
+        missing = reason.expected  # not the total
+        return f"the answer ended {missing} bytes early"
     if isinstance(reason, MemoryError):
         return "the value does not fit in memory"
     if "WRONG_VERSION_NUMBER" in str(reason) or "RECORD_LAYER" in str(reason):
@@ -2323,7 +2336,8 @@ def keys_from_standard_input() -> Iterator[List[str]]:
     while True:
         try:
             data = os.read(0, INPUT_BYTES)
-        except OSError as error:  # which run_get would attribute to standard output
+        except OSError as error:
+            # Not an OSError: run_get reports these as errors of standard output.
             raise ValueError(f"standard input: {error.strerror}")
         if not data:  # the end, which also ends the last line
             rest += b"\n"

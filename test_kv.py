@@ -1404,6 +1404,7 @@ class Loop(WithExample):
         for _ in range(5000):  # more than the socket holds that wakes the loop
             server.shutdown_request(connection)
         self.assertEqual(len(server.returned), 5000)
+        server.wait_for(server.handed_over, connection)
         with unittest.mock.patch.object(
                 server.selector, "register", side_effect=OSError("no")):
             server.take_back(connection)
