@@ -433,7 +433,8 @@ class Sorted:
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             # The parser has just read the newline that follows the line. (The last line
-            # may have none. Then its mark is one byte too low, which does no harm.)
+            # may have none. Then its mark is one byte too low, which does no harm, and
+            # `max` is needed if it is also the first line.)
             line_end = self.file.tell() - 1
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, max(-1, line_end - line_bytes))
@@ -502,7 +503,7 @@ class Sorted:
             if first:
                 return offset, page, first[1]
             # The page is inside a long value, or it has only empty lines. A line that
-            # begins after the following offset would not have its whole prefix in it.
+            # begins after `last_offset` does not have its whole prefix in this page.
             last_offset = offset + PAGE_BYTES - PREFIX_BYTES
             offset = self.find_newline(last_offset + 1, wait)
         return None
@@ -663,7 +664,7 @@ class Data:
             self.new_file = file
             if self.options.sorted:
                 self.new_pairs = Sorted(file)
-            if self.options.check:  # always, without --sorted
+            if self.options.check:  # it is false only with --sorted
                 warnings = yield from parse(file, self.name, self.new_pairs)
                 summary = f"{len(self.new_pairs)} pairs"
         seconds = time.monotonic() - self.load_start
@@ -955,8 +956,8 @@ def judge_beginning(beginning: bytes, judged_bytes: int = 0) -> Optional[Verdict
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    # Search from the last byte that was judged, which may be a CR. (The lookbehind in the
-    # regular expression also sees the byte before that.)
+    # Search from the last byte that was judged, which may be a CR. A lookbehind also sees
+    # bytes before the start of a search.
     if BARE_LINE_END_RE.search(beginning, max(0, judged_bytes - 1)):
         return BARE_LINE_END
     return None
@@ -1025,9 +1026,8 @@ class Connection:
         self.queue = queue
         queue[self] = None
         # The time.monotonic() at which the server began to wait for the client: for a
-        # request, for the rest of one, or for the client to take more of an answer. It is
-        # math.inf, which protects the connection from being evicted, while the server
-        # itself is at work.
+        # request, for the rest of one, or for the client to take more of an answer. While
+        # the server itself is at work, it is math.inf, which prevents an eviction.
         self.waiting_since = math.inf
         # What was received and is not answered yet, such as the beginning of a head.
         self.received = b""
@@ -1124,7 +1124,7 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = ACCEPT_QUEUE
-    # With SO_REUSEADDR, connections that an earlier server has left at the port (in state
+    # With SO_REUSEADDR, connections that an earlier server has left on the port (in state
     # TIME_WAIT) do not matter. On Windows, it would let another program take the port.
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False             # __init__ sets SO_REUSEPORT itself
@@ -1221,7 +1221,7 @@ class Server(http.server.ThreadingHTTPServer):
             if isinstance(error, MemoryError):
                 has_freed = self.evict(self.longest_waiting())
             if not has_freed:
-                time.sleep(TICK_SECONDS)  # in case the fault occurs in each round
+                time.sleep(TICK_SECONDS)  # in case the fault occurs in every round
             self.log(f"fault in the loop: {error!r}")
         except MemoryError:
             pass  # having closed a connection may be enough for the next round
@@ -1403,12 +1403,13 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.queue is not self.handed_over:
             self.close(connection)
             return True
+        # Its thread can no longer send, so it returns the connection, and take_back
+        # closes it, as it is not in the queue.
         del self.handed_over[connection]
         try:
             connection.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the client has disconnected
-        # Now its thread cannot send, and returns it, and take_back closes it.
         return False
 
     def wait_for(self, queue: collections.OrderedDict, connection: Connection) -> None:
@@ -1487,7 +1488,7 @@ class Server(http.server.ThreadingHTTPServer):
             elif not connection.received:
                 self.wait_for(self.idle, connection)
             elif size == 0 and connection.queue is self.beginnings:
-                pass  # this is more of the same request, so its deadline stays
+                pass  # nothing was answered: the same request goes on, with its deadline
             else:  # a request has begun
                 self.wait_for(self.beginnings, connection)
         except Exception:
@@ -1535,7 +1536,7 @@ class Server(http.server.ThreadingHTTPServer):
             if status != 200:
                 return verdict
             get = self.data.pairs.get
-            if wait:  # then the pairs are a Sorted
+            if wait:  # only a Sorted needs this, and has the parameter
                 get = functools.partial(get, wait=True)
             value = get(path)
             if value is not None:
@@ -1582,7 +1583,8 @@ class Server(http.server.ThreadingHTTPServer):
         connection.judged_bytes = len(connection.received)
         if judged_bytes > 0:
             # To judge it again after each byte would take quadratic time. It is judged
-            # again only if a line end has arrived, or it has just exceeded a limit.
+            # again only if a line end has arrived, or it has just exceeded a limit. Until
+            # the first line end, all of it is the request line.
             recent = connection.received[judged_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
             exceeds_limit = any(
@@ -1649,7 +1651,8 @@ class Server(http.server.ThreadingHTTPServer):
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
         line = head.partition(b"\r\n")[0]
-        line = line[:LOG_LINE_BYTES // 8]  # escaped, a byte may become four characters
+        # A byte may become four characters, which take half of the line then.
+        line = line[:LOG_LINE_BYTES // 8]
         line = repr(line)[2:-1].replace('"', '\\"')  # without the b and its quotes
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
@@ -1674,7 +1677,7 @@ class Server(http.server.ThreadingHTTPServer):
             unsent.clear()
             connection.must_close = True
             return True
-        while sent >= len(unsent[0]):  # or it is empty
+        while sent >= len(unsent[0]):  # this part was sent, or is empty
             sent -= len(unsent[0])
             del unsent[0]
             if not unsent:
@@ -1733,8 +1736,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
-        has_failed = connection.unsent or connection.needs_disk
-        if has_failed or connection not in self.handed_over:  # it was evicted
+        has_failed = connection.unsent or connection.needs_disk  # a Handler clears both
+        was_evicted = connection not in self.handed_over
+        if has_failed or was_evicted:
             self.close(connection)
         elif self.register(connection):
             self.go_on(connection)
@@ -1776,33 +1780,33 @@ class Signals:
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
-        self.stops_with_terminal = False   # whether a SIGHUP may come from the terminal
+        self.hangup_may_stop = False     # whether a SIGHUP may come from the terminal
         self.terminal_seen = 0.0         # time.monotonic() when it was last seen open
 
     def catch_hangups(self) -> None:
         """Catch SIGHUP from now on."""
         if hasattr(signal, "SIGHUP"):  # Windows lacks it
             is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            self.stops_with_terminal = has_terminal() and not is_nohup
+            self.hangup_may_stop = has_terminal() and not is_nohup
             self.terminal_seen = time.monotonic()
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Note whether the terminal is still open, and forget it when it has closed.
+        """Note whether the terminal is open. If it has been closed, forget it soon.
 
-        If the shell has left the server running then, any later SIGHUP is a reload.
+        If the server survives that, any later SIGHUP asks for a reload.
         """
-        if not self.stops_with_terminal:
+        if not self.hangup_may_stop:
             return
         if has_terminal():
             self.terminal_seen = now
         elif now > self.terminal_seen + HANGUP_SECONDS:
-            self.stops_with_terminal = False
+            self.hangup_may_stop = False
 
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
-        if self.stops_with_terminal and not has_terminal():
-            # During the first load, only SIGTERM can stop the server.
+        if self.hangup_may_stop and not has_terminal():
+            # Nobody looks at `wants_stop` during the first load, but SIGTERM ends that.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
@@ -1817,7 +1821,7 @@ class Signals:
 def has_sent_more(connection: Connection) -> bool:
     """Return whether another request was received, or data is waiting to be received.
 
-    The beginning of a request that was received does not count.
+    An incomplete request in `received` does not count.
     """
     if b"\r\n\r\n" in connection.received:
         return True
@@ -1936,9 +1940,10 @@ def handed_down_socket() -> Optional[socket.socket]:
 
 
 def allowed_connections(wanted: Optional[int], log: Log) -> int:
-    """Return how many connections to hold, after raising the limit of open files.
+    """Raise the limit of open files, and return how many connections to hold.
 
-    That is `wanted`; if it is None, as many as the limit allows, up to MAX_CONNECTIONS.
+    Returns `wanted`. If it is None, returns as many as the limit allows, up to
+    MAX_CONNECTIONS.
     """
     needed = (wanted or MAX_CONNECTIONS) + SPARE_DESCRIPTORS
     limit = allowed_files(needed, log)
@@ -2027,7 +2032,7 @@ class BadAnswer(AskError):
 class AnyStatus(urllib.request.HTTPErrorProcessor):
     """Returns answers of any status.
 
-    The method that it overrides would call what follows redirects and raises errors.
+    The original method passes them on to handlers that follow redirects or raise errors.
     """
 
     def http_response(self, request, response):
@@ -2062,7 +2067,7 @@ def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
 def find(names: List[str], url: str, timeout: float) -> Iterator[Optional[bytes]]:
     """Yield the value of each key, or None if the server does not have it.
 
-    No request is sent before the first value is consumed. KEYS_TOGETHER keys are asked
+    No request is sent until the first value is requested. KEYS_TOGETHER keys are asked
     for in one request, and one by one if the server cannot answer such requests.
     """
     for start in range(0, len(names), KEYS_TOGETHER):
@@ -2339,7 +2344,7 @@ def keys_from_standard_input() -> Iterator[List[str]]:
         except OSError as error:
             # Not an OSError: run_get reports these as errors of standard output.
             raise ValueError(f"standard input: {error.strerror}")
-        if not data:  # the end, which also ends the last line
+        if not data:  # the end of the input, which also terminates the last line
             rest += b"\n"
         *lines, rest = (rest + data).split(b"\n")
         yield [line.decode("utf-8", "replace").strip() for line in lines if line.strip()]
