@@ -117,8 +117,8 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # after the server's terminal is closed, a SIGHUP within
-                              # this time stops the server; see Signals
+HANGUP_SECONDS = 1.0          # a SIGHUP this soon after the server's terminal is closed
+                              # stops the server; a later one reloads the data
 WINDOWS_SOCKETS = 512         # sockets that select can handle on Windows
 
 # The loop
@@ -176,9 +176,9 @@ class Log:
         self.is_open = sys.stderr is not None
         self.is_terminal = self.is_open and os.isatty(2)
         self.descriptor = 2
-        # Where possible, as on Linux, reopen a pipe or terminal to get a descriptor that
-        # has a mode of its own, nonblocking. Descriptor 2 itself must stay in blocking
-        # mode, because other programs, such as the shell, share it.
+        # Where possible, as on Linux, reopen a pipe or terminal in nonblocking mode.
+        # Descriptor 2 itself must stay in blocking mode, because other programs, such as
+        # the shell, share it.
         is_pipe = self.is_open and stat.S_ISFIFO(os.fstat(2).st_mode)
         if os.name == "posix" and (is_pipe or self.is_terminal):
             try:
@@ -309,7 +309,7 @@ def parse(file: BinaryIO, name: str, pairs: "Pairs") -> Generator[None, None, Li
                 continue
         if line == b"\n":  # empty lines are allowed
             continue
-        # The line is bad.
+        # The line is not a pair, or its key must be refused.
         if number == 1:
             refuse_compressed(line, name)
         bad_count += 1
@@ -391,10 +391,11 @@ class Sorted:
     assignment, `len`). It keeps none of the pairs; it only notes a key and its offset in
     the file about every MARK_BYTES. To the server it has a `get` like that of a dict.
 
-    A lookup reads pages of PAGE_BYTES, from any offset on. What it finds in a page is a
+    A lookup reads pages of PAGE_BYTES, at any offset. What it finds in a page is a
     newline, a key and a space: the PREFIX_BYTES of a line. So in this class, a line
-    begins with the newline before it, and the first line begins at offset -1. A line is
-    in a page if its prefix is. Empty lines do not count.
+    begins with the newline before it, and ends before the next newline. The first line
+    begins at offset -1. A line is in a page if its whole prefix is. Empty lines do not
+    count.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -407,8 +408,8 @@ class Sorted:
         self.size = self.stamp[0]
         self.count = 0
         self.last_key = b""
-        # The marks: numbers of keys (their 128 bits), and the offsets of their lines. The
-        # first and the last of them stand for the ends of the file.
+        # The marks: keys as numbers of 128 bits, and the offsets at which their lines
+        # begin. The first and the last of them stand for the ends of the file.
         self.mark_numbers = [0, 1 << 128]
         self.mark_offsets = [-1, self.size]
         self.bytes_to_mark = max(MARK_BYTES, self.size // MARKS)
@@ -432,9 +433,9 @@ class Sorted:
         self.bytes_since_mark += line_bytes
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has just read the newline that follows the line. (The last line
-            # may have none. Then its mark is one byte too low, which does no harm, and
-            # `max` is needed if it is also the first line.)
+            # The parser has also read the newline with which the next line begins. (If it
+            # is missing at the end of the file, the mark of the last line is one byte too
+            # low, which does no harm. It must not be below -1, though.)
             line_end = self.file.tell() - 1
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, max(-1, line_end - line_bytes))
@@ -471,12 +472,12 @@ class Sorted:
             if not found:  # no line begins between `probe` and `high`
                 high = probe
                 continue
-            offset, page, first_key = found  # no line begins between `probe` and `offset`
+            offset, page, first_key = found
             line = page.find(b"\n" + key + b" ")
             if line >= 0:
                 return self.value_in(page, offset, line + PREFIX_BYTES, wait)
             last = LAST_KEY_RE.match(page)  # this may be the first one again
-            if key < first_key:
+            if key < first_key:  # no line begins between `probe` and that of first_key
                 high = probe
                 high_number = key_number(first_key)
             elif key > last[1]:
@@ -503,7 +504,8 @@ class Sorted:
             if first:
                 return offset, page, first[1]
             # The page is inside a long value, or it has only empty lines. A line that
-            # begins after `last_offset` does not have its whole prefix in this page.
+            # begins after `last_offset` does not have its whole prefix in this page, so
+            # it must be in the next page.
             last_offset = offset + PAGE_BYTES - PREFIX_BYTES
             offset = self.find_newline(last_offset + 1, wait)
         return None
@@ -517,8 +519,8 @@ class Sorted:
     def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
         """Return the value that begins at `index` of the page at `offset`.
 
-        With `wait`, a long value is a StoredValue, which is read only when it is sent.
-        Raises the same exceptions as `get`.
+        With `wait`, a long value is a StoredValue: a thread reads it only when it sends
+        it, but the loop sends only bytes. Raises the same exceptions as `get`.
         """
         start = offset + index
         newline = page.find(b"\n", index)
@@ -533,7 +535,7 @@ class Sorted:
         return self.read(start, size, wait)
 
     def find_newline(self, offset: int, wait: bool) -> int:
-        """Return the offset of the next newline from `offset` on, or the file's size.
+        """Return the offset of the first newline at or after `offset`, or the file size.
 
         Raises the same exceptions as `get`.
         """
@@ -548,7 +550,7 @@ class Sorted:
         return self.size
 
     def read(self, offset: int, size: int, wait: bool) -> bytes:
-        """Return `size` bytes from `offset` on, or fewer at the end of the file.
+        """Return the `size` bytes at `offset`, or fewer at the end of the file.
 
         Raises the same exceptions as `get`.
         """
@@ -557,11 +559,11 @@ class Sorted:
                 content = os.pread(self.descriptor, size, offset)
             else:
                 content = self.read_from_memory(offset, size)
+            self.check()
         except BlockingIOError:
             raise
         except OSError as error:
             raise Unreadable(error.strerror)
-        self.check()
         end = offset + len(content)
         if len(content) < size and end < self.size:
             raise Unreadable(f"cannot be read beyond byte {end}")
@@ -688,7 +690,7 @@ class Data:
                 raise ValueError(f"{self.name}: not a file that can be read again")
             yield from self.load()
         except Exception as error:
-            failure = error.with_traceback(None)  # frames in it hold the new pairs
+            failure = error.with_traceback(None)  # a traceback keeps the new pairs alive
             unneeded = self.new_pairs
             self.new_pairs = {}
         else:
@@ -703,7 +705,7 @@ class Data:
             for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
             yield
-        if failure:  # if memory had run out, there is enough again to log this
+        if failure:  # if memory ran out, there is now enough to log this
             self.log(f"{load_failure(failure, self.name)}\nthe data stays as it was")
 
     def progress(self) -> str:
@@ -752,7 +754,7 @@ CODING_RE = re.compile(                                       # RFC 9112 section
 TARGET_RE = re.compile(
     rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]|%[0-9A-Fa-f]{2})+")
 # RFC 3986 section 3.2.2: an IPv6 address, of which only the characters are checked, or a
-# name; then perhaps a port. A name must not have a comma, as in a list of two hosts.
+# name; optionally, a port. A name must not have a comma, as in a list of two hosts.
 HOST = (
     rb"(?:\[[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]*\]"
     rb"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})+)"
@@ -789,7 +791,7 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     the caller first looks the path up, and calls `judge_path` only if it is not a key.
     """
     judge_rest = judge_fields_cached
-    if len(head) > VERDICT_BYTES:
+    if len(head) > VERDICT_BYTES:  # shorter ones are within all limits
         judge_rest = judge_fields  # a cache of long heads would use much memory
         too_long = judge_length(head + b"\r\n\r\n")
         if too_long:
@@ -799,11 +801,12 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     if len(words) != 3:
         return b"", MALFORMED_LINE
     method, target, version = words
+    # If this is 200, the method and the version are valid.
     verdict = judge_rest(method, version, fields)
     if verdict[0] == 200 and target.startswith(b"/"):  # nearly always
         return target[1:], verdict
     path, line_refused = judge_line(line)
-    return path, line_refused or verdict  # the line comes before the fields
+    return path, line_refused or verdict
 
 
 def judge_length(head: bytes) -> Optional[Verdict]:
@@ -841,7 +844,7 @@ def judge_line(line: bytes) -> Tuple[bytes, Optional[Verdict]]:
         return b"", MALFORMED_LINE
     if not version.startswith(b"HTTP/1."):
         return b"", OTHER_VERSION
-    # The forms of a target in HTTP/1.1 (RFC 9112 section 3.2)
+    # The forms of a target in HTTP/1.1 (RFC 9112 section 3.2). A query is ignored.
     if target.startswith(b"/"):
         return target[1:], None
     absolute = ABSOLUTE_TARGET_RE.fullmatch(target)
@@ -939,12 +942,12 @@ def judge_path(path: bytes) -> Tuple[List[bytes], Optional[Verdict]]:
     return keys, None
 
 
-def judge_beginning(beginning: bytes, judged_bytes: int = 0) -> Optional[Verdict]:
+def judge_beginning(beginning: bytes, seen_bytes: int = 0) -> Optional[Verdict]:
     """Return a refusal if the beginning of a head is already invalid, or None.
 
     Judges the length, the request line and line ends, so that bad requests are refused
     before they are complete. Fields are judged when the head is complete. The line ends
-    in the first `judged_bytes` are known to be valid.
+    in the first `seen_bytes` are known to be valid.
     """
     too_long = judge_length(beginning)
     if too_long:
@@ -956,9 +959,9 @@ def judge_beginning(beginning: bytes, judged_bytes: int = 0) -> Optional[Verdict
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    # Search from the last byte that was judged, which may be a CR. A lookbehind also sees
-    # bytes before the start of a search.
-    if BARE_LINE_END_RE.search(beginning, max(0, judged_bytes - 1)):
+    # Search from the last byte that was seen, which may be a CR. (The start of a search
+    # does not hide the bytes before it from a lookbehind.)
+    if BARE_LINE_END_RE.search(beginning, max(0, seen_bytes - 1)):
         return BARE_LINE_END
     return None
 
@@ -1016,7 +1019,7 @@ class Connection:
 
     __slots__ = (
         "socket", "address", "queue", "waiting_since", "received", "has_skipped_line",
-        "judged_bytes", "needs_disk", "unsent", "must_close", "must_linger")
+        "seen_bytes", "needs_disk", "unsent", "must_close", "must_linger")
 
     def __init__(self, client_socket: socket.socket, address: str,
                  queue: collections.OrderedDict) -> None:
@@ -1029,12 +1032,12 @@ class Connection:
         # request, for the rest of one, or for the client to take more of an answer. While
         # the server itself is at work, it is math.inf, which prevents an eviction.
         self.waiting_since = math.inf
-        # What was received and is not answered yet, such as the beginning of a head.
+        # Received data that is not answered yet, such as the beginning of a head.
         self.received = b""
         # Whether an empty line before that head was skipped.
         self.has_skipped_line = False
-        # How many bytes of `received` are known to be the valid beginning of a head.
-        self.judged_bytes = 0
+        # How many bytes of it refuse_beginning has seen. All line ends in them are valid.
+        self.seen_bytes = 0
         # Whether the lookup for the next request has to wait for the disk.
         self.needs_disk = False
         # What the client has not taken yet: bytes, memoryview, StoredValue.
@@ -1051,7 +1054,7 @@ class Handler(socketserver.BaseRequestHandler):
     What socketserver calls a request is a Connection here. A new thread runs
     ThreadingMixIn.process_request_thread, which calls
 
-        handle                     by making a Handler
+        Handler()                  whose __init__ calls `handle`
         Server.handle_error        if there was an exception
         Server.shutdown_request    always: gives the connection back to the loop
     """
@@ -1187,8 +1190,8 @@ class Server(http.server.ThreadingHTTPServer):
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # When a client is slow, more can be sent only once the system's queue of unsent
-        # data is shorter than this. By default, the queue is so long that a slow client
-        # would seem to take nothing for many seconds.
+        # data is shorter than this. With the much longer queue that is the default, more
+        # could be sent so rarely that the client would seem to have stalled.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -1403,13 +1406,13 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.queue is not self.handed_over:
             self.close(connection)
             return True
-        # Its thread can no longer send, so it returns the connection, and take_back
-        # closes it, as it is not in the queue.
-        del self.handed_over[connection]
         try:
             connection.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the client has disconnected
+        # Now the thread cannot send any more, so it returns the connection. take_back
+        # closes it because it is not in handed_over.
+        del self.handed_over[connection]
         return False
 
     def wait_for(self, queue: collections.OrderedDict, connection: Connection) -> None:
@@ -1473,7 +1476,7 @@ class Server(http.server.ThreadingHTTPServer):
             connection.received += data
             while connection.received and size < TURN_BYTES and not connection.must_close:
                 answer_size = self.answer_next(connection)
-                if answer_size == 0:
+                if answer_size == 0:  # it is incomplete, or needs the disk
                     break
                 size += answer_size
             needs_thread = connection.needs_disk or size >= TURN_BYTES
@@ -1506,7 +1509,7 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.received.startswith(b"\r\n") and not connection.has_skipped_line:
             connection.received = connection.received[2:]
             connection.has_skipped_line = True
-            connection.judged_bytes = 0
+            connection.seen_bytes = 0
         head, head_end, rest = connection.received.partition(b"\r\n\r\n")
         if not head_end:
             return self.refuse_beginning(connection)
@@ -1517,7 +1520,7 @@ class Server(http.server.ThreadingHTTPServer):
             return 0
         connection.received = rest
         connection.has_skipped_line = False
-        connection.judged_bytes = 0
+        connection.seen_bytes = 0
         if self.is_stopping and not has_sent_more(connection):  # it is the last request
             must_close = True
         connection.must_close = must_close
@@ -1529,13 +1532,14 @@ class Server(http.server.ThreadingHTTPServer):
         If there is a fault, logs it and returns an answer that says so. Raises
         BlockingIOError if a lookup has to wait for the disk, unless `wait` is true.
         """
-        must_close = True  # if `judge` fails, it is not known where the request ends
+        must_close = True  # if `judge` fails, it is not known whether a body follows
         try:
             path, verdict = judge(head)
-            status, text, must_close = verdict
+            status, _, must_close = verdict
             if status != 200:
                 return verdict
-            get = self.data.pairs.get
+            pairs = self.data.pairs
+            get = pairs.get
             if wait:  # only a Sorted needs this, and has the parameter
                 get = functools.partial(get, wait=True)
             value = get(path)
@@ -1549,7 +1553,7 @@ class Server(http.server.ThreadingHTTPServer):
             if not keys:
                 return 200, self.status_page(), must_close
             if len(keys) > 1:
-                if isinstance(self.data.pairs, Sorted) and not wait:
+                if isinstance(pairs, Sorted) and not wait:
                     raise BlockingIOError("many lookups are left to a thread")
                 return 200, pair_lines(keys, get), must_close
             if keys[0] != path:  # the path may have upper-case letters, for example
@@ -1579,20 +1583,20 @@ class Server(http.server.ThreadingHTTPServer):
 
         Returns the size of the answer, or 0 if there is none.
         """
-        judged_bytes = connection.judged_bytes
-        connection.judged_bytes = len(connection.received)
-        if judged_bytes > 0:
-            # To judge it again after each byte would take quadratic time. It is judged
+        seen_bytes = connection.seen_bytes
+        connection.seen_bytes = len(connection.received)
+        if seen_bytes > 0:
+            # Judging it again after each byte would take quadratic time. It is judged
             # again only if a line end has arrived, or it has just exceeded a limit. Until
             # the first line end, all of it is the request line.
-            recent = connection.received[judged_bytes - 1:]  # its first byte may be a CR
+            recent = connection.received[seen_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
             exceeds_limit = any(
-                judged_bytes <= limit < len(connection.received)
+                seen_bytes <= limit < len(connection.received)
                 for limit in (LINE_BYTES, HEAD_BYTES))
             if not has_line_end and not exceeds_limit:
                 return 0
-        verdict = judge_beginning(connection.received, judged_bytes)
+        verdict = judge_beginning(connection.received, seen_bytes)
         if not verdict:
             return 0
         return self.refuse(connection, verdict)
@@ -1642,26 +1646,27 @@ class Server(http.server.ThreadingHTTPServer):
             return False
         if status not in (200, 404):  # the request may have a body, or be incomplete
             return True
-        if connection.received or self.is_stopping:
+        if connection.received:
             return True
-        # The client has asked to close the connection, so it should not send more. If it
-        # does, a short answer has probably arrived before that.
+        if self.is_stopping:  # the client has not asked to close the connection
+            return True
+        # It has, so it should not send more. If it does, a short answer has probably
+        # arrived before that.
         return size > PIECE_BYTES
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
         line = head.partition(b"\r\n")[0]
-        # A byte may become four characters, which take half of the line then.
+        # Even if each byte becomes four characters, half of the line remains.
         line = line[:LOG_LINE_BYTES // 8]
         line = repr(line)[2:-1].replace('"', '\\"')  # without the b and its quotes
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
         self.log.write(f'{address} - - [{now}] "{line}" {status} {size}')
 
     def send(self, connection: Connection) -> bool:
-        """Send what is unsent, and return whether all of it could be sent at once.
+        """Send what is unsent. Return False if a thread has to send the rest.
 
-        If not, a thread has to send the rest. (No part is a StoredValue: only threads get
-        these, and they do not call this.)
+        No part is a StoredValue: only threads get these, and they do not call this.
         """
         unsent = connection.unsent
         try:
@@ -1736,7 +1741,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
-        has_failed = connection.unsent or connection.needs_disk  # a Handler clears both
+        # A Handler that succeeds clears both. (After other failures, must_close is set.)
+        has_failed = connection.unsent or connection.needs_disk
         was_evicted = connection not in self.handed_over
         if has_failed or was_evicted:
             self.close(connection)
@@ -1770,11 +1776,12 @@ class Signals:
     """The signals received so far, for the loop to act on.
 
     A SIGHUP asks for a reload, unless it comes because the terminal of the server has
-    been closed. Then it asks for a stop, as it ends any other program. That is assumed if
+    been closed. Then it asks for a stop, as it ends any other program. It is taken for
+    that if all of these are true:
 
-        the server has been started from a terminal, without nohup, and
-        this terminal was open until less than HANGUP_SECONDS ago, and
-        it is not open now
+        the server was started from a terminal, and without nohup
+        this terminal is closed
+        it was open less than HANGUP_SECONDS ago
     """
 
     def __init__(self) -> None:
@@ -1792,9 +1799,9 @@ class Signals:
             signal.signal(signal.SIGHUP, self.on_hangup)
 
     def look_at_terminal(self, now: float) -> None:
-        """Note whether the terminal is open. If it has been closed, forget it soon.
+        """Note whether the terminal is open.
 
-        If the server survives that, any later SIGHUP asks for a reload.
+        When it has been closed for HANGUP_SECONDS, any later SIGHUP asks for a reload.
         """
         if not self.hangup_may_stop:
             return
@@ -1806,7 +1813,8 @@ class Signals:
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
         if self.hangup_may_stop and not has_terminal():
-            # Nobody looks at `wants_stop` during the first load, but SIGTERM ends that.
+            # This stops the server at any time. During the first load, `wants_stop` is
+            # not checked.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
@@ -2095,7 +2103,7 @@ def ask_together(
         body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
     except (KeyError, BadAnswer):
         # Older versions of kv refuse lists, as do proxies that choose one of several
-        # servers by the key.
+        # servers by the key. Or the answer is too long.
         return None
     # The answer should look like a data file, and have no keys but these.
     values = {}
