@@ -117,8 +117,8 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # a SIGHUP this soon after the server's terminal is closed
-                              # stops the server; a later one reloads the data
+HANGUP_SECONDS = 1.0          # until the SIGHUP of a closed terminal arrives, which means
+                              # a stop; any later one means a reload
 WINDOWS_SOCKETS = 512         # sockets that select can handle on Windows
 
 # The loop
@@ -394,8 +394,8 @@ class Sorted:
     A lookup reads pages of PAGE_BYTES, at any offset. What it finds in a page is a
     newline, a key and a space: the PREFIX_BYTES of a line. So in this class, a line
     begins with the newline before it, and ends before the next newline. The first line
-    begins at offset -1. A line is in a page if its whole prefix is. Empty lines do not
-    count.
+    begins at offset -1. A page has a line only if it has the whole prefix. Empty lines
+    do not count.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -433,8 +433,9 @@ class Sorted:
         self.bytes_since_mark += line_bytes
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has also read the newline with which the next line begins. (If it
-            # is missing at the end of the file, the mark of the last line is one byte too
+            # The parser has also read the newline with which the next line begins: after
+            # the first line, tell() is PREFIX_BYTES + len(value). (If the newline is
+            # missing at the end of the file, the mark of the last line is one byte too
             # low, which does no harm. It must not be below -1, though.)
             line_end = self.file.tell() - 1
             self.mark_numbers.insert(-1, key_number(key))
@@ -503,9 +504,9 @@ class Sorted:
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
-            # The page is inside a long value, or it has only empty lines. A line that
-            # begins after `last_offset` does not have its whole prefix in this page, so
-            # it must be in the next page.
+            # The page is inside a long value, or it has only empty lines. A prefix that
+            # begins after `last_offset` is cut off at its end, so look for the next line
+            # from there.
             last_offset = offset + PAGE_BYTES - PREFIX_BYTES
             offset = self.find_newline(last_offset + 1, wait)
         return None
@@ -519,8 +520,9 @@ class Sorted:
     def value_in(self, page: bytes, offset: int, index: int, wait: bool) -> "Value":
         """Return the value that begins at `index` of the page at `offset`.
 
-        With `wait`, a long value is a StoredValue: a thread reads it only when it sends
-        it, but the loop sends only bytes. Raises the same exceptions as `get`.
+        With `wait`, in a thread, a long value is returned as a StoredValue, which is read
+        piece by piece when it is sent. The loop always gets bytes. Raises the same
+        exceptions as `get`.
         """
         start = offset + index
         newline = page.find(b"\n", index)
@@ -690,7 +692,7 @@ class Data:
                 raise ValueError(f"{self.name}: not a file that can be read again")
             yield from self.load()
         except Exception as error:
-            failure = error.with_traceback(None)  # a traceback keeps the new pairs alive
+            failure = error.with_traceback(None)  # frames in it refer to the new pairs
             unneeded = self.new_pairs
             self.new_pairs = {}
         else:
@@ -700,7 +702,7 @@ class Data:
             self.log(success)
             unneeded = old_pairs
         # Freeing a dict with millions of pairs at once would hold up all clients. No
-        # thread uses it: they look keys up only in a Sorted.
+        # thread uses it, because threads look keys up only in a Sorted.
         while isinstance(unneeded, dict) and unneeded:
             for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
@@ -805,6 +807,7 @@ def judge(head: bytes) -> Tuple[bytes, Verdict]:
     verdict = judge_rest(method, version, fields)
     if verdict[0] == 200 and target.startswith(b"/"):  # nearly always
         return target[1:], verdict
+    # In other cases, the line is judged in full, and its refusal takes precedence.
     path, line_refused = judge_line(line)
     return path, line_refused or verdict
 
@@ -959,8 +962,8 @@ def judge_beginning(beginning: bytes, seen_bytes: int = 0) -> Optional[Verdict]:
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    # Search from the last byte that was seen, which may be a CR. (The start of a search
-    # does not hide the bytes before it from a lookbehind.)
+    # Search from the last byte that was seen, which may be a CR. (If it is an LF, the
+    # lookbehind still finds the CR before it.)
     if BARE_LINE_END_RE.search(beginning, max(0, seen_bytes - 1)):
         return BARE_LINE_END
     return None
@@ -1021,13 +1024,11 @@ class Connection:
         "socket", "address", "queue", "waiting_since", "received", "has_skipped_line",
         "seen_bytes", "needs_disk", "unsent", "must_close", "must_linger")
 
-    def __init__(self, client_socket: socket.socket, address: str,
-                 queue: collections.OrderedDict) -> None:
+    def __init__(self, client_socket: socket.socket, address: str) -> None:
         self.socket = client_socket
         self.address = address
-        # Which of the server's queues the connection is in.
-        self.queue = queue
-        queue[self] = None
+        # Which of the server's queues the connection is in; at first, it is in none.
+        self.queue: dict = {}
         # The time.monotonic() at which the server began to wait for the client: for a
         # request, for the rest of one, or for the client to take more of an answer. While
         # the server itself is at work, it is math.inf, which prevents an eviction.
@@ -1112,7 +1113,8 @@ class Server(http.server.ThreadingHTTPServer):
     socket and running a Handler in a thread are inherited from ThreadingHTTPServer;
     serve_forever is overridden.
 
-    Each connection is in one of four queues. They say what it is waiting for:
+    Each connection is in one of four queues, or in none after a thread that owns it was
+    told to give it up (see `evict`). They say what it is waiting for:
 
         idle           the client's next request
         beginnings     the rest of a request
@@ -1127,9 +1129,7 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = ACCEPT_QUEUE
-    # With SO_REUSEADDR, connections that an earlier server has left on the port (in state
-    # TIME_WAIT) do not matter. On Windows, it would let another program take the port.
-    allow_reuse_address = os.name == "posix"
+    allow_reuse_address = False          # server_bind decides whether to set SO_REUSEADDR
     allow_reuse_port = False             # __init__ sets SO_REUSEPORT itself
 
     def __init__(self, options: argparse.Namespace, data: Data, log: Log,
@@ -1190,17 +1190,42 @@ class Server(http.server.ThreadingHTTPServer):
         # acknowledged the one before it.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # When a client is slow, more can be sent only once the system's queue of unsent
-        # data is shorter than this. With the much longer queue that is the default, more
-        # could be sent so rarely that the client would seem to have stalled.
+        # data is shorter than this. By default, the queue can be some megabytes long, and
+        # a client that takes 100 kB/s would seem to take nothing for many seconds.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def server_bind(self) -> None:
-        """Bind like TCPServer: HTTPServer would look up a name, which can be slow."""
+        """Bind like TCPServer: HTTPServer would look up a name, which can be slow.
+
+        SO_REUSEADDR decides which other sockets on the port are tolerated:
+
+            without it    none
+            with it       connections that an earlier server has left (in TIME_WAIT), but
+                          also another server that has not begun to listen
+
+        So it is used only if binding without it fails, and is not kept: while the data is
+        loaded, the port belongs to this server alone.
+        """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
+        try:
+            socketserver.TCPServer.server_bind(self)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or os.name != "posix":
+                raise
+            self.allow_reuse_address = True
+            socketserver.TCPServer.server_bind(self)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
+    def server_activate(self) -> None:
+        """Listen. Raises OSError."""
+        if os.name == "posix":
+            # The next server can tolerate the connections of this one only if they have
+            # the option, too. They inherit it.
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().server_activate()
 
     # The loop
 
@@ -1219,15 +1244,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def recover(self, error: Exception) -> None:
         """Log an exception that was not handled. If memory has run out, free some."""
+        time.sleep(TICK_SECONDS)  # in case the fault occurs in every round
         try:
-            has_freed = False
             if isinstance(error, MemoryError):
-                has_freed = self.evict(self.longest_waiting())
-            if not has_freed:
-                time.sleep(TICK_SECONDS)  # in case the fault occurs in every round
+                self.evict(self.longest_waiting())
             self.log(f"fault in the loop: {error!r}")
         except MemoryError:
-            pass  # having closed a connection may be enough for the next round
+            pass  # the next round may succeed
 
     def is_stopped(self) -> bool:
         """Return whether, after a stop, no connection is left or the time is up."""
@@ -1252,8 +1275,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.take_back(self.returned.popleft())
         if has_newcomer:
             # This comes last, as it may evict a client that has an event in this round.
-            # Newcomers get a share of each round, so that neither they nor others wait
-            # long.
+            # Newcomers get a share of each round, so that neither new nor other clients
+            # wait long.
             for _ in range(1 + len(events) // EVENTS_PER_NEWCOMER):
                 if not self.accept():
                     break
@@ -1327,7 +1350,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept a connection, and return whether another one may be waiting.
 
         If there is no room for it, it replaces the one that has waited longest. (If a
-        thread owns that one, there is one connection too many until the thread ends.)
+        thread owns that one, its descriptor is closed a little later.)
         """
         longest_waiting = None
         if self.connection_count() >= self.max_connections:
@@ -1353,7 +1376,7 @@ class Server(http.server.ThreadingHTTPServer):
         name = "unix:"  # a client of a Unix socket has no address
         if isinstance(address, tuple):
             name = address[0]
-        connection = Connection(client_socket, name, self.idle)
+        connection = Connection(client_socket, name)
         if self.register(connection):
             # Often, the request is already there. It is taken now, before more newcomers
             # are accepted, which might evict this one.
@@ -1419,9 +1442,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Put a connection last in a queue, waiting for its client from now on."""
         connection.waiting_since = self.now
         if connection.queue is not queue:
+            queue[connection] = None
             connection.queue.pop(connection, None)
             connection.queue = queue
-            queue[connection] = None
         queue.move_to_end(connection)
 
     def linger(self, connection: Connection) -> None:
@@ -1439,9 +1462,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def close(self, connection: Connection) -> None:
         """Close a connection that does not belong to a thread."""
-        connection.queue.pop(connection, None)
         self.unregister(connection)
         connection.socket.close()
+        connection.queue.pop(connection, None)
 
     def unregister(self, connection: Connection) -> None:
         """Remove a connection from the selector, if it is there."""
@@ -1587,8 +1610,8 @@ class Server(http.server.ThreadingHTTPServer):
         connection.seen_bytes = len(connection.received)
         if seen_bytes > 0:
             # Judging it again after each byte would take quadratic time. It is judged
-            # again only if a line end has arrived, or it has just exceeded a limit. Until
-            # the first line end, all of it is the request line.
+            # again only if a line end has arrived, or it has just exceeded a limit. (It
+            # is all one line until a line end arrives, so it can exceed LINE_BYTES.)
             recent = connection.received[seen_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
             exceeds_limit = any(
@@ -1640,7 +1663,8 @@ class Server(http.server.ThreadingHTTPServer):
     def must_linger(self, connection: Connection, status: int, size: int) -> bool:
         """Return whether to linger after an answer that has a body of `size` bytes.
 
-        That is necessary where the client may still be sending; else it only takes time.
+        That is necessary if the client may still be sending. Otherwise, it takes time for
+        nothing.
         """
         if not connection.must_close:
             return False
@@ -1648,16 +1672,16 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         if connection.received:
             return True
-        if self.is_stopping:  # the client has not asked to close the connection
+        if self.is_stopping:  # it may not be the client who wants to close the connection
             return True
-        # It has, so it should not send more. If it does, a short answer has probably
-        # arrived before that.
+        # The client has asked to close the connection, so it should not send more. If it
+        # does, a short answer has probably arrived before that.
         return size > PIECE_BYTES
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
         line = head.partition(b"\r\n")[0]
-        # Even if each byte becomes four characters, half of the line remains.
+        # Even if each byte becomes four characters, half of a line of the log remains.
         line = line[:LOG_LINE_BYTES // 8]
         line = repr(line)[2:-1].replace('"', '\\"')  # without the b and its quotes
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
@@ -1696,6 +1720,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Leave a connection to a Handler, in a thread of its own."""
         self.unregister(connection)
         self.wait_for(self.handed_over, connection)
+        if connection.needs_disk:
+            connection.waiting_since = math.inf
         self.process_request(connection, connection.address)
 
     def process_request(self, request: Connection, client_address: str) -> None:
@@ -1741,7 +1767,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
-        # A Handler that succeeds clears both. (After other failures, must_close is set.)
+        # If a Handler fails, it leaves at least one of these, or must_close is set.
         has_failed = connection.unsent or connection.needs_disk
         was_evicted = connection not in self.handed_over
         if has_failed or was_evicted:
@@ -1775,19 +1801,20 @@ class Server(http.server.ThreadingHTTPServer):
 class Signals:
     """The signals received so far, for the loop to act on.
 
-    A SIGHUP asks for a reload, unless it comes because the terminal of the server has
-    been closed. Then it asks for a stop, as it ends any other program. It is taken for
-    that if all of these are true:
+    A SIGHUP asks for a reload. But if it comes because the terminal of the server was
+    closed, it asks for a stop, as it ends other programs. That is assumed if
 
         the server was started from a terminal, and without nohup
-        this terminal is closed
-        it was open less than HANGUP_SECONDS ago
+        the terminal was open less than HANGUP_SECONDS ago
+        the terminal is not open now
+
+    `hangup_may_stop` covers the first two conditions.
     """
 
     def __init__(self) -> None:
         self.wants_stop = False          # after SIGTERM or Ctrl-C
         self.wants_reload = False        # after a SIGHUP
-        self.hangup_may_stop = False     # whether a SIGHUP may come from the terminal
+        self.hangup_may_stop = False     # whether a SIGHUP may ask for a stop
         self.terminal_seen = 0.0         # time.monotonic() when it was last seen open
 
     def catch_hangups(self) -> None:
@@ -1813,8 +1840,7 @@ class Signals:
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
         if self.hangup_may_stop and not has_terminal():
-            # This stops the server at any time. During the first load, `wants_stop` is
-            # not checked.
+            # This works even during the first load, when `wants_stop` is not checked.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
@@ -1892,7 +1918,7 @@ def end_load(*_) -> None:
 
 
 def block_sigterm() -> None:
-    """Block SIGTERM, so that another one does not disturb the end of the program."""
+    """Block SIGTERM. Another one could end the program with a wrong exit code."""
     if hasattr(signal, "pthread_sigmask"):  # Windows lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
@@ -1907,7 +1933,7 @@ def start_server(options: argparse.Namespace, log: Log) -> Server:
     if listener:
         place = "the socket from systemd"
     try:
-        # Take the port before loading the data, so that a busy one is reported at once.
+        # Take the port before loading the data, so that a port in use fails at once.
         server = Server(options, data, log, signals, listener)
         signals.catch_hangups()  # until now, SIGHUP would have ended the program
         load_with_progress(data, log)  # this turns an OSError into a CannotServe
@@ -2279,7 +2305,7 @@ def ask_failure(error: Exception, timeout: float, proxy: Optional[str]) -> str:
     if isinstance(reason, socket.timeout):
         return f"no answer within {timeout:g} s"
     if isinstance(reason, http.client.IncompleteRead):
-        missing = reason.expected  # not the total
+        missing = reason.expected  # bytes that were still expected
         return f"the answer ended {missing} bytes early"
     if isinstance(reason, MemoryError):
         return "the value does not fit in memory"
