@@ -1433,8 +1433,8 @@ class Server(http.server.ThreadingHTTPServer):
             connection.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the client has disconnected
-        # Now the thread cannot send any more, so it returns the connection. take_back
-        # closes it because it is not in handed_over.
+        # Now its thread cannot send any more, and returns the connection. It is closed
+        # then, or, if the answer was already complete, when the loop receives its end.
         del self.handed_over[connection]
         return False
 
@@ -1768,9 +1768,7 @@ class Server(http.server.ThreadingHTTPServer):
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
         # If a Handler fails, it leaves at least one of these, or must_close is set.
-        has_failed = connection.unsent or connection.needs_disk
-        was_evicted = connection not in self.handed_over
-        if has_failed or was_evicted:
+        if connection.unsent or connection.needs_disk:
             self.close(connection)
         elif self.register(connection):
             self.go_on(connection)

@@ -1361,6 +1361,20 @@ class Loop(WithExample):
             self.assertEqual(server.answer_next(connection), 0)
         self.assertLess(time.process_time() - before, 0.4)  # most take 0.05
 
+    def test_each_request_has_its_own_deadline(self):
+        """It does not move while more of the request comes."""
+        server = server_here(self)
+        connection, client = connection_here(self)
+        for data, is_new in ((GET_KEY[:9], True), (GET_KEY[9:20], False),
+                             (GET_KEY[20:] + GET_KEY[:9], True), (GET_KEY[9:], True)):
+            expected = connection.waiting_since
+            server.now += 5
+            if is_new:
+                expected = server.now
+            client.send(data)
+            server.receive(connection)
+            self.assertEqual(connection.waiting_since, expected, data)
+
     def test_it_polls_before_it_sleeps(self):
         """If it had something to do a moment ago, and has more than one processor."""
         server = server_here(self)
@@ -2383,6 +2397,8 @@ class ReloadAndStop(Test):
                 server, _ = self.loading(self.pipe_path(), **how)
             else:
                 server = self.serve(**how)
+                server.reload()  # while the terminal is open
+                self.assertRegex(server.lines()[-1], r"reloaded \(10000 before\)$")
             terminal.close()  # the system sends SIGHUP
             self.assertEqual(server.process.wait(PATIENCE), 0)
             until(lambda: server.lines()[-1:] == ["kv: stopped"])
