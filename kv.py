@@ -117,8 +117,8 @@ IDLE_SECONDS = 650            # between two requests; longer than the idle timeo
 HEAD_SECONDS = 10             # from the first byte of a head to its last
 DRAIN_SECONDS = 4             # from a stop until the last connections are closed
 DRAIN_IDLE_SECONDS = 0.5      # between two requests after a stop
-HANGUP_SECONDS = 1.0          # until the SIGHUP of a closed terminal arrives, which means
-                              # a stop; any later one means a reload
+HANGUP_SECONDS = 1.0          # after a terminal is closed, a SIGHUP within this time
+                              # means a stop, and a later one a reload; see Signals
 WINDOWS_SOCKETS = 512         # sockets that select can handle on Windows
 
 # The loop
@@ -391,11 +391,11 @@ class Sorted:
     assignment, `len`). It keeps none of the pairs; it only notes a key and its offset in
     the file about every MARK_BYTES. To the server it has a `get` like that of a dict.
 
-    A lookup reads pages of PAGE_BYTES, at any offset. What it finds in a page is a
-    newline, a key and a space: the PREFIX_BYTES of a line. So in this class, a line
-    begins with the newline before it, and ends before the next newline. The first line
-    begins at offset -1. A page has a line only if it has the whole prefix. Empty lines
-    do not count.
+    A lookup reads pages of PAGE_BYTES, at any offset. It recognizes the beginning of a
+    line by a newline, a key and a space. So in this class, a line begins with the newline
+    before it, and the first one at offset -1. These PREFIX_BYTES are called its prefix. A
+    line whose prefix is cut off by the end of a page is not found in that page. Empty
+    lines do not count.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -433,10 +433,9 @@ class Sorted:
         self.bytes_since_mark += line_bytes
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
-            # The parser has also read the newline with which the next line begins: after
-            # the first line, tell() is PREFIX_BYTES + len(value). (If the newline is
-            # missing at the end of the file, the mark of the last line is one byte too
-            # low, which does no harm. It must not be below -1, though.)
+            # The parser has also read the newline with which the next line begins. (It
+            # may be missing at the end of the file. Then this is one byte too low, which
+            # does no harm, as a lookup searches from there on. It can even be -2.)
             line_end = self.file.tell() - 1
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, max(-1, line_end - line_bytes))
@@ -456,10 +455,10 @@ class Sorted:
         low_number = self.mark_numbers[mark - 1]
         high = self.mark_offsets[mark]
         high_number = self.mark_numbers[mark]
-        # If the key is in the file, its line begins in the range from `low` to `high`.
-        # Each round reads a page at `probe`, in the range, and moves one end of the range
-        # to it or beyond it. The numbers are those of keys near the ends, and serve only
-        # for estimates: low_number <= number < high_number.
+        # If the key is in the file, the offset of its line is in the range low <= offset
+        # < high. Each round reads a page at `probe`, in this range, and then moves `high`
+        # down to it, or `low` beyond it. The numbers are those of keys near the ends, and
+        # serve only for estimates: low_number <= number < high_number.
         probes = 0
         while low < high:
             probes += 1
@@ -504,9 +503,9 @@ class Sorted:
             first = FIRST_KEY_RE.search(page)
             if first:
                 return offset, page, first[1]
-            # The page is inside a long value, or it has only empty lines. A prefix that
-            # begins after `last_offset` is cut off at its end, so look for the next line
-            # from there.
+            # The page is inside a long value, or it has only empty lines. A line that
+            # begins after `last_offset` is cut off by the end of the page, so look for
+            # the next line from there.
             last_offset = offset + PAGE_BYTES - PREFIX_BYTES
             offset = self.find_newline(last_offset + 1, wait)
         return None
@@ -648,7 +647,7 @@ class Data:
         self.name = data_name(options.file)
         self.log = log
         self.pairs: Pairs = {}
-        self.summary = ""                # as in messages, "10000 pairs"
+        self.summary = ""                # for messages, such as "10000 pairs"
         self.since = ""                  # date of the last load
         self.report = ""                 # what the log says about the last load
         self.load_start = 0.0            # time.monotonic() at the start of a load
@@ -702,7 +701,7 @@ class Data:
             self.log(success)
             unneeded = old_pairs
         # Freeing a dict with millions of pairs at once would hold up all clients. No
-        # thread uses it, because threads look keys up only in a Sorted.
+        # thread uses it: only a lookup in a Sorted is ever handed over to one.
         while isinstance(unneeded, dict) and unneeded:
             for _ in range(min(len(unneeded), STEP_PAIRS)):
                 unneeded.popitem()
@@ -962,8 +961,8 @@ def judge_beginning(beginning: bytes, seen_bytes: int = 0) -> Optional[Verdict]:
             return line_refused
     elif not LINE_BEGINNING_RE.fullmatch(line):
         return MALFORMED_LINE
-    # Search from the last byte that was seen, which may be a CR. (If it is an LF, the
-    # lookbehind still finds the CR before it.)
+    # Search from the last byte that was seen, which may be a CR. If it is an LF, the
+    # lookbehind finds the CR before it, although the search begins after that.
     if BARE_LINE_END_RE.search(beginning, max(0, seen_bytes - 1)):
         return BARE_LINE_END
     return None
@@ -1037,7 +1036,8 @@ class Connection:
         self.received = b""
         # Whether an empty line before that head was skipped.
         self.has_skipped_line = False
-        # How many bytes of it refuse_beginning has seen. All line ends in them are valid.
+        # How many bytes of that beginning refuse_beginning has seen. Line ends in these
+        # are valid.
         self.seen_bytes = 0
         # Whether the lookup for the next request has to wait for the disk.
         self.needs_disk = False
@@ -1113,8 +1113,8 @@ class Server(http.server.ThreadingHTTPServer):
     socket and running a Handler in a thread are inherited from ThreadingHTTPServer;
     serve_forever is overridden.
 
-    Each connection is in one of four queues, or in none after a thread that owns it was
-    told to give it up (see `evict`). They say what it is waiting for:
+    Each connection is in one of four queues (or in none, after it was evicted while a
+    thread owned it). They say what it is waiting for:
 
         idle           the client's next request
         beginnings     the rest of a request
@@ -1191,7 +1191,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # When a client is slow, more can be sent only once the system's queue of unsent
         # data is shorter than this. By default, the queue can be some megabytes long, and
-        # a client that takes 100 kB/s would seem to take nothing for many seconds.
+        # a `send` to a client that takes 100 kB/s could seem to stall for many seconds.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.socket.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -1202,11 +1202,11 @@ class Server(http.server.ThreadingHTTPServer):
         SO_REUSEADDR decides which other sockets on the port are tolerated:
 
             without it    none
-            with it       connections that an earlier server has left (in TIME_WAIT), but
-                          also another server that has not begun to listen
+            with it       those that have it, too, and do not listen: connections that an
+                          earlier server has left (in TIME_WAIT)
 
-        So it is used only if binding without it fails, and is not kept: while the data is
-        loaded, the port belongs to this server alone.
+        So it is used only if binding without it fails. Then it is cleared until the
+        server listens, so that no other server can bind while this one loads its data.
         """
         if self.server_address[0] == "::":  # for IPv4 as well
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -1433,9 +1433,10 @@ class Server(http.server.ThreadingHTTPServer):
             connection.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the client has disconnected
-        # Now its thread cannot send any more, and returns the connection. It is closed
-        # then, or, if the answer was already complete, when the loop receives its end.
+        # Now its thread cannot send any more, and returns the connection, which is closed
+        # then. (If all had been sent, it is closed when the loop tries to receive.)
         del self.handed_over[connection]
+        connection.queue = {}
         return False
 
     def wait_for(self, queue: collections.OrderedDict, connection: Connection) -> None:
@@ -1514,7 +1515,7 @@ class Server(http.server.ThreadingHTTPServer):
             elif not connection.received:
                 self.wait_for(self.idle, connection)
             elif size == 0 and connection.queue is self.beginnings:
-                pass  # nothing was answered: the same request goes on, with its deadline
+                pass  # the request is the same, and still incomplete: keep its deadline
             else:  # a request has begun
                 self.wait_for(self.beginnings, connection)
         except Exception:
@@ -1563,7 +1564,7 @@ class Server(http.server.ThreadingHTTPServer):
                 return verdict
             pairs = self.data.pairs
             get = pairs.get
-            if wait:  # only a Sorted needs this, and has the parameter
+            if wait:  # only a lookup in a Sorted ever waits
                 get = functools.partial(get, wait=True)
             value = get(path)
             if value is not None:
@@ -1610,8 +1611,8 @@ class Server(http.server.ThreadingHTTPServer):
         connection.seen_bytes = len(connection.received)
         if seen_bytes > 0:
             # Judging it again after each byte would take quadratic time. It is judged
-            # again only if a line end has arrived, or it has just exceeded a limit. (It
-            # is all one line until a line end arrives, so it can exceed LINE_BYTES.)
+            # again only if a line end has arrived, or it has just exceeded a limit: for
+            # a line, if it is the first one, or for the head.
             recent = connection.received[seen_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
             exceeds_limit = any(
@@ -1663,8 +1664,8 @@ class Server(http.server.ThreadingHTTPServer):
     def must_linger(self, connection: Connection, status: int, size: int) -> bool:
         """Return whether to linger after an answer that has a body of `size` bytes.
 
-        That is necessary if the client may still be sending. Otherwise, it takes time for
-        nothing.
+        That is necessary if the client may still be sending. Otherwise, it only wastes
+        time.
         """
         if not connection.must_close:
             return False
@@ -1675,13 +1676,13 @@ class Server(http.server.ThreadingHTTPServer):
         if self.is_stopping:  # it may not be the client who wants to close the connection
             return True
         # The client has asked to close the connection, so it should not send more. If it
-        # does, a short answer has probably arrived before that.
+        # does, a reset may overtake a long answer, but hardly a short one.
         return size > PIECE_BYTES
 
     def log_request(self, address: str, head: bytes, status: int, size: int) -> None:
         """Log a request in Common Log Format."""
         line = head.partition(b"\r\n")[0]
-        # Even if each byte becomes four characters, half of a line of the log remains.
+        # Even if each byte becomes four characters, they are at most half of what fits.
         line = line[:LOG_LINE_BYTES // 8]
         line = repr(line)[2:-1].replace('"', '\\"')  # without the b and its quotes
         now = time.strftime("%d/%b/%Y:%H:%M:%S %z")
@@ -1720,7 +1721,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Leave a connection to a Handler, in a thread of its own."""
         self.unregister(connection)
         self.wait_for(self.handed_over, connection)
-        if connection.needs_disk:
+        if connection.needs_disk:  # then it is not waiting for its client
             connection.waiting_since = math.inf
         self.process_request(connection, connection.address)
 
@@ -1767,7 +1768,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_back(self, connection: Connection) -> None:
         """Take back a connection from its thread, and go on with it."""
-        # If a Handler fails, it leaves at least one of these, or must_close is set.
+        # A failure leaves something unsent, or a request that still needs the disk. (In
+        # other cases, must_close is set.)
         if connection.unsent or connection.needs_disk:
             self.close(connection)
         elif self.register(connection):
@@ -1800,7 +1802,7 @@ class Signals:
     """The signals received so far, for the loop to act on.
 
     A SIGHUP asks for a reload. But if it comes because the terminal of the server was
-    closed, it asks for a stop, as it ends other programs. That is assumed if
+    closed, it asks for a stop, just as it ends other programs. That is assumed if
 
         the server was started from a terminal, and without nohup
         the terminal was open less than HANGUP_SECONDS ago
@@ -1838,7 +1840,8 @@ class Signals:
     def on_hangup(self, *_) -> None:
         """Handle SIGHUP."""
         if self.hangup_may_stop and not has_terminal():
-            # This works even during the first load, when `wants_stop` is not checked.
+            # During the first load, SIGTERM has another handler, and `wants_stop` is not
+            # checked.
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wants_reload = True
@@ -1857,7 +1860,7 @@ def has_sent_more(connection: Connection) -> bool:
     """
     if b"\r\n\r\n" in connection.received:
         return True
-    connection.socket.setblocking(False)  # Handlers set timeouts
+    connection.socket.setblocking(False)  # a Handler sets a timeout before it sends
     try:
         return bool(connection.socket.recv(1, socket.MSG_PEEK))
     except OSError:
@@ -1916,7 +1919,7 @@ def end_load(*_) -> None:
 
 
 def block_sigterm() -> None:
-    """Block SIGTERM. Another one could end the program with a wrong exit code."""
+    """Block SIGTERM, as another one could change the exit code while Python exits."""
     if hasattr(signal, "pthread_sigmask"):  # Windows lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
@@ -2089,7 +2092,7 @@ def get_many(keys: Iterable[Key], url: str = DEFAULT_URL,
              timeout: float = DEFAULT_TIMEOUT) -> Dict[Key, bytes]:
     """Return {key as given: value} for those keys that the server has.
 
-    There may be any number of keys. Raises what `get` raises, except KeyError.
+    Any number of keys may be given. Raises what `get` raises, except KeyError.
     """
     names = {key: version_4_uuid(key) for key in keys}
     values = find(list(names.values()), url, timeout)
@@ -2126,8 +2129,8 @@ def ask_together(
     try:
         body = ask(",".join(names), url, timeout, TOGETHER_BYTES)
     except (KeyError, BadAnswer):
-        # Older versions of kv refuse lists, as do proxies that choose one of several
-        # servers by the key. Or the answer is too long.
+        # Perhaps the answer is too long. Older versions of kv refuse lists, as do proxies
+        # that choose one of several servers by the key.
         return None
     # The answer should look like a data file, and have no keys but these.
     values = {}
@@ -2374,7 +2377,7 @@ def keys_from_standard_input() -> Iterator[List[str]]:
         try:
             data = os.read(0, INPUT_BYTES)
         except OSError as error:
-            # Not an OSError: run_get reports these as errors of standard output.
+            # run_get would report an OSError as one of standard output.
             raise ValueError(f"standard input: {error.strerror}")
         if not data:  # the end of the input, which also terminates the last line
             rest += b"\n"

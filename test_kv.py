@@ -574,7 +574,7 @@ class SortedFiles(Test):
     def test_random_keys(self):
         """One read nearly always, where the file was checked; else places are guessed."""
         chance = random.Random(6)
-        pairs = {random_key(chance): b"%d" % n * (n % 9) for n in range(30000)}
+        pairs = {random_key(chance): b"%d" % n * (n % 9) for n in range(20000)}
         absent = [random_key(chance) for _ in range(9000)] + list(self.neighbours(pairs))
         for check, mean_limit in ((True, 1.1), (False, 2.2)):
             mean, most = self.find_all(pairs, absent, step=4, check=check)
