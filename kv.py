@@ -434,8 +434,8 @@ class Sorted:
         if self.bytes_since_mark >= self.bytes_to_mark:
             self.bytes_since_mark = 0
             # The parser has also read the newline with which the next line begins. (It
-            # may be missing at the end of the file. Then this is one byte too low, which
-            # does no harm, as a lookup searches from there on. It can even be -2.)
+            # may be missing at the end of the file. Then the mark is one byte too low,
+            # perhaps even -2. That does no harm, as a lookup searches from there on.)
             line_end = self.file.tell() - 1
             self.mark_numbers.insert(-1, key_number(key))
             self.mark_offsets.insert(-1, max(-1, line_end - line_bytes))
