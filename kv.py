@@ -1611,8 +1611,8 @@ class Server(http.server.ThreadingHTTPServer):
         connection.seen_bytes = len(connection.received)
         if seen_bytes > 0:
             # Judging it again after each byte would take quadratic time. It is judged
-            # again only if a line end has arrived, or it has just exceeded a limit: for
-            # a line, if it is the first one, or for the head.
+            # again only if a line end has arrived, or it has just exceeded LINE_BYTES,
+            # which matters only within the first line, or HEAD_BYTES.
             recent = connection.received[seen_bytes - 1:]  # its first byte may be a CR
             has_line_end = b"\r" in recent or b"\n" in recent
             exceeds_limit = any(
